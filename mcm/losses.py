@@ -1,0 +1,158 @@
+"""The two losses: diffusion, and the one consistency loss that all recipes share (arXiv 2403.06807, Algorithm 1).
+
+    z_t  --teacher, one solver step-->  z_s
+     |                                   |
+     | student x_hat(z_t, t)             | student x_hat(z_s, s), no gradient
+     v                                   v
+    DDIM t->q  .. should agree with ..  DDIM s->q
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .recipes import Stage
+from .sampling import fine
+from .schedule import Schedule
+from .solvers import addim, ddim, expand, inverse_ddim, mean_over_dims
+
+
+class LossOutput(NamedTuple):
+    """loss: scalar, the mean of per_sample (B,). x_hat (with gradient), x_target, z_t: like x. t: (B,)."""
+
+    loss: Tensor
+    per_sample: Tensor
+    x_hat: Tensor
+    x_target: Tensor
+    z_t: Tensor
+    t: Tensor
+
+
+def stratified_times(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """(n,) times, each uniform on (0, 1], one in each of n equal strata: a batch covers all noise levels evenly, so its loss varies
+    less than with independent draws (the low-discrepancy sampler of variational diffusion models, arXiv 2107.00630)."""
+    u = torch.rand(n, device=device, generator=generator, dtype=fine(device))
+    return 1 - (torch.arange(n, device=device) + u) / n
+
+
+def noised(x: Tensor, t: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:
+    """z_t = alpha_t x + sigma_t noise."""
+    alpha, sigma = schedule(t)
+    return expand(alpha, x) * x + expand(sigma, x) * noise
+
+
+def diffusion_loss(
+    denoiser: nn.Module,
+    x: Tensor,
+    cond: Tensor | None = None,
+    *,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> LossOutput:
+    """The v-loss |v - v_hat|^2 = |x - x_hat|^2 / sigma_t^2, averaged over dimensions (arXiv 2202.00512).
+
+    x: (B, ...) images in [-1, 1]; cond: passed to the denoiser; t: (B,) in (0, 1] and noise: like x, drawn when not given.
+    """
+    t = stratified_times(len(x), x.device, generator) if t is None else t
+    noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator) if noise is None else noise
+    z_t = noised(x, t, noise, denoiser.schedule)
+    x_hat = denoiser(z_t, t, cond)
+    per_sample = mean_over_dims(((x - x_hat) / expand(denoiser.schedule(t)[1], x)) ** 2)
+    return LossOutput(per_sample.mean(), per_sample, x_hat, x, z_t, t)
+
+
+def consistency_loss(
+    student: nn.Module,
+    x: Tensor,
+    cond: Tensor | None,
+    stage: Stage,
+    *,
+    teacher: nn.Module | None = None,
+    target: nn.Module | None = None,
+    progress: float = 1.0,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> LossOutput:
+    """The multistep consistency loss, in clean-image space (arXiv 2403.06807, eqs. 6-8 and Algorithm 1).
+
+    x: (B, ...) images in [-1, 1]; cond: passed to every network. teacher: a frozen diffusion denoiser (distillation, CD), or None:
+    the image itself takes its place (consistency training, CT). target: the network that answers at z_s; None is the student
+    itself without gradient. progress: the fraction of the run done, which sets the grid. t: (B,) in (0, 1], moved to the
+    nearest grid point; noise: like x; both are drawn when not given. If the student has dropout, both its calls share one mask.
+
+    The target. Let lambda = sigma / alpha, and let x_step be the x_hat for which plain DDIM makes the teacher's step z_t -> z_s
+    (x_step = inverse_ddim(z_s, z_t)). Asking that DDIM t->q of the student's x_hat land where DDIM s->q of x_hat(z_s, s) does,
+    and solving for x_hat, gives a convex combination:
+
+        x_target = (1 - rho) x_hat(z_s, s) + rho x_step,   rho = lambda_q (lambda_t - lambda_s) / (lambda_s (lambda_t - lambda_q)).
+
+    (In the coordinates z / alpha, DDIM moves on a straight line in lambda towards x_hat; the two straight lines t->s and s->q are
+    replaced by the one t->q, whose slope is the average of theirs, weighted by lambda_t - lambda_s and lambda_s - lambda_q.)
+    At s = q rho is 1, so the student has no say: this is what keeps the loss from collapsing. With one segment q = 0 and rho = 0 for
+    s > 0: the loss of consistency models. With as many segments as grid points always s = q, and in CT x_step = x: diffusion.
+    The pull-back divides by a difference of order t - s; float64 keeps its rounding below the Huber constant.
+    """
+    schedule, per_segment = student.schedule, stage.points_per_segment(progress)
+    grid = per_segment * stage.student_steps
+    if t is None:
+        i = torch.ceil(stratified_times(len(x), x.device, generator) * grid)
+    else:
+        i = torch.round(t.to(fine(x.device)) * grid)
+    i = i.long().clamp(1, grid)
+    i_q = (i - 1) // per_segment * per_segment  # the top of a segment, i = q + T/K, belongs to it: the sampler starts there
+    i_s = torch.maximum(i - stage.skip, i_q)
+    t, s, q = (index.to(fine(x.device)) / grid for index in (i, i_s, i_q))
+
+    noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator) if noise is None else noise
+    z_t = noised(x, t, noise, schedule)
+    with torch.no_grad():
+        x_teacher = x if teacher is None else teacher(z_t, t, cond)
+        wide = z_t.to(fine(x.device))
+        if stage.x_var is None:
+            z_s = ddim(x_teacher.to(wide.dtype), wide, t, s, schedule)
+        else:
+            z_s = addim(x_teacher.to(wide.dtype), wide, t, s, schedule, _x_var(stage, x, x_teacher, teacher, z_t, t, cond))
+        x_step = inverse_ddim(z_s, wide, t, s, schedule)
+        # The target's call comes first and leaves the random state as it found it: the student below draws the same dropout mask.
+        with torch.random.fork_rng([] if x.device.type == "cpu" else [x.device], device_type=x.device.type):
+            x_s = (student if target is None else target)(z_s.to(x.dtype), s, cond)
+        rho = expand(_rho(t, s, q, schedule), wide)
+        x_target = ((1 - rho) * x_s + rho * x_step).to(x.dtype)
+
+    x_hat = student(z_t, t, cond)
+    residual = expand(_weight(stage, t, q, schedule), x) * (x_target - x_hat)
+    if stage.distance == "squared":
+        per_sample = mean_over_dims(residual**2)
+    elif stage.distance == "huber":
+        per_sample = torch.sqrt(mean_over_dims(residual**2) + stage.c**2) - stage.c
+    else:
+        per_sample = mean_over_dims(torch.sqrt(residual**2 + stage.c**2) - stage.c)
+    return LossOutput(per_sample.mean(), per_sample, x_hat, x_target, z_t, t)
+
+
+def _rho(t: Tensor, s: Tensor, q: Tensor, schedule: Schedule) -> Tensor:
+    """The weight of x_step in the target, times alpha_t alpha_s alpha_q above and below so that alpha_1 = 0 does no harm."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s), (alpha_q, sigma_q) = schedule(t), schedule(s), schedule(q)
+    above = sigma_q * (sigma_t * alpha_s - sigma_s * alpha_t)
+    below = sigma_s * (sigma_t * alpha_q - sigma_q * alpha_t)
+    return torch.where(s == q, 1.0, above / torch.where(s == q, 1.0, below))
+
+
+def _weight(stage: Stage, t: Tensor, q: Tensor, schedule: Schedule) -> Tensor:
+    """The factor on the difference of clean images that `stage.weight` names."""
+    (alpha_t, sigma_t), (alpha_q, sigma_q) = schedule(t), schedule(q)
+    if stage.weight == "v":
+        return 1 / sigma_t
+    return torch.ones_like(t) if stage.weight == "x" else alpha_q - alpha_t * sigma_q / sigma_t
+
+
+def _x_var(stage: Stage, x: Tensor, x_teacher: Tensor, teacher: nn.Module | None, z_t: Tensor, t: Tensor, cond) -> Tensor | None:
+    """aDDIM's variance per dimension, (B,). For "mse" the paper asks for the teacher *without* guidance."""
+    if stage.x_var == "prior":
+        return None  # addim's own default
+    conditional = getattr(teacher, "conditional", None)
+    x_plain = x_teacher if conditional is None else conditional(z_t, t, cond)
+    return stage.eta * mean_over_dims((x_plain - x).to(t.dtype) ** 2)

@@ -1,0 +1,116 @@
+"""How good are the samples: Frechet distance, precision and recall, in the features of a small classifier trained on the spot.
+
+These are not FID: that name belongs to Inception-v3 features and 50,000 samples. Every number comes with its feature space.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .data import ImageData, to_float
+from .denoiser import read_safetensors, write_safetensors
+from .errors import InputError
+from .training import batch_indices
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Frechet distance between normals fitted to the rows of a (n, d) and b (m, d), in float64:
+
+        |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))          (arXiv 1706.08500, eq. 6)
+
+    tr (S_a S_b)^(1/2) = tr (S_a^(1/2) S_b S_a^(1/2))^(1/2), a symmetric matrix, whose eigenvalues are real even when S_a is singular.
+    """
+    a, b = a.double(), b.double()
+    s_a, s_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
+    values, vectors = torch.linalg.eigh(s_a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ s_b @ root).clamp_min(0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + s_a.trace() + s_b.trace() - 2 * cross).item()
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 4096) -> tuple[float, float]:
+    """Improved precision and recall (arXiv 1904.06991): the share of fake samples inside the real manifold, and of real ones inside
+    the fake manifold; a manifold is the union of balls around samples that reach to their k-th nearest neighbour. real, fake: (n, d).
+    """
+
+    def inside(points: Tensor, manifold: Tensor) -> float:
+        radius = torch.cat([torch.cdist(rows, manifold).kthvalue(k + 1, dim=1).values for rows in manifold.split(chunk)])
+        return torch.cat([(torch.cdist(rows, manifold) <= radius).any(1) for rows in points.split(chunk)]).double().mean().item()
+
+    return inside(fake, real), inside(real, fake)
+
+
+def nearest(queries: Tensor, images: Tensor, chunk: int = 8192) -> Tensor:
+    """For each query (n, C, H, W) the index of the nearest of images (uint8), by pixel distance: (n,)."""
+    distance = torch.cat([torch.cdist(queries.flatten(1), to_float(part).flatten(1)) for part in images.split(chunk)], dim=1)
+    return distance.argmin(1)
+
+
+class Classifier(nn.Module):
+    """Three convolutions, halving until 4 pixels are left, and 64 features; features(x): (B, C, H, W) in [-1, 1] -> (B, 64)."""
+
+    DIM = 64
+
+    def __init__(self, image_shape: tuple[int, ...], classes: int, channels: int = 32):
+        super().__init__()
+        layers, c, size = [], image_shape[0], image_shape[1]
+        while True:
+            layers += [nn.Conv2d(c, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
+            layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
+            c, channels = channels, channels * 2
+            if size < 8:
+                break
+            layers.append(nn.MaxPool2d(2))
+            size //= 2
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * c, self.DIM))
+        self.head = nn.Linear(self.DIM, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.body(x)))
+
+
+def embed(classifier: Classifier, images: Tensor, chunk: int = 1000) -> tuple[Tensor, Tensor]:
+    """images (uint8, or float in [-1, 1]) -> features (n, 64), predicted classes (n,)."""
+    features = []
+    with torch.no_grad():
+        for part in images.split(chunk):
+            features.append(classifier.features(to_float(part) if part.dtype == torch.uint8 else part))
+        features = torch.cat(features)
+        return features, classifier.head(F.relu(features)).argmax(1)
+
+
+def train_classifier(data: ImageData, iterations: int, path: Path, batch: int = 128) -> tuple[Classifier, float]:
+    """The feature extractor for `data`, trained with a fixed seed (its features do not depend on the run's seed), and its accuracy on
+    the held-out images. Cached at `path`; a cache made for other data is refused with an InputError.
+    """
+    device = data.images.device
+    classifier = Classifier(data.image_shape, data.classes)
+    wanted = {"data": data.name, "fingerprint": data.fingerprint(), "iterations": iterations}
+    if path.is_file():
+        tensors, metadata = read_safetensors(path)
+        if metadata != wanted:
+            raise InputError(f"{path} holds a feature classifier for {metadata}, but this run needs {wanted}: delete it or use another --features")
+        classifier.load_state_dict(tensors)
+    classifier.to(device)
+    if not path.is_file():
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            torch.manual_seed(0)
+            classifier = Classifier(data.image_shape, data.classes).to(device).train()
+            optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, iterations)
+            for step in tqdm(range(iterations), "feature classifier", leave=False, unit="it"):
+                rows = batch_indices(len(data.images), batch, step, seed=0).to(device)
+                loss = F.cross_entropy(classifier(to_float(data.images[rows])), data.labels[rows], label_smoothing=0.1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        write_safetensors(path, classifier.state_dict(), wanted)
+    classifier.eval().requires_grad_(False)
+    return classifier, (embed(classifier, data.held_images)[1] == data.held_labels).double().mean().item()

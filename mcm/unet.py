@@ -1,0 +1,152 @@
+"""The network: a small UNet for 8x8 to 64x64 images, by hand.
+
+    image -> conv -> [blocks, halve] x levels -> middle -> [double, blocks] x levels -> conv -> output like the image
+                       `------------- skip connections, concatenated -------------'
+
+Every block hears the time and the class through a scale and a shift of its second normalisation (as in ADM, arXiv 2105.05233).
+Every block's last layer starts at zero, so that the untrained network is almost the identity in depth and trains stably.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .errors import InputError
+
+GROUPS = 8  # groups of every GroupNorm; channels must be a multiple of it
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """The layer with its weights and bias set to zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class TimeEmbedding(nn.Module):
+    """t in [0, 1], (B,) -> (B, width): sines and cosines of 1000 t at geometric frequencies, then two layers."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        frequencies = 1000 * torch.exp(-math.log(10_000) * torch.arange(channels // 2) / (channels // 2))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.layers = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = t.float()[:, None] * self.frequencies.float()
+        return self.layers(torch.cat([angle.sin(), angle.cos()], dim=1).to(self.layers[0].weight.dtype))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around a modulation by time and class; x: (B, c_in, H, W) -> (B, c_out, H, W)."""
+
+    def __init__(self, c_in: int, c_out: int, width: int, dropout: float):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(GROUPS, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.modulation = nn.Linear(width, 2 * c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(GROUPS, c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        scale, shift = rearrange(self.modulation(emb), "b (two c) -> two b c 1 1", two=2)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, heads of `head_channels` channels; x: (B, C, H, W) -> the same shape."""
+
+    def __init__(self, channels: int, head_channels: int = 32):
+        super().__init__()
+        self.heads = max(1, channels // head_channels)
+        self.norm, self.qkv = nn.GroupNorm(GROUPS, channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = rearrange(self.qkv(self.norm(x)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads)
+        y = F.scaled_dot_product_attention(*qkv)
+        return x + self.out(rearrange(y, "b n (h w) c -> b (n c) h w", h=x.shape[2]))
+
+
+class Level(nn.Module):
+    """One residual block, with attention after it where the resolution asks for it."""
+
+    def __init__(self, c_in: int, c_out: int, width: int, dropout: float, attention: bool):
+        super().__init__()
+        self.block = ResidualBlock(c_in, c_out, width, dropout)
+        self.attention = Attention(c_out) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.attention(self.block(x, emb))
+
+
+class UNet(nn.Module):
+    """network(z, t, cond): z (B, C, H, W), t (B,) in [0, 1], cond (B,) class labels or None -> (B, C, H, W).
+
+    image_size: height and width; must be divisible by 2 ** (levels - 1). channels: width of the first level. multipliers: width of
+    each level over `channels`. blocks: residual blocks per level, on the way down and up. attention: the resolutions (in pixels)
+    that have attention. classes: number of classes, 0 for unconditional; label `classes` itself means "no class", as does
+    cond=None (what label dropout trains and guidance uses). Raises InputError for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 32,
+        in_channels: int = 3,
+        channels: int = 64,
+        multipliers: tuple[int, ...] = (1, 2, 2),
+        blocks: int = 2,
+        attention: tuple[int, ...] = (16,),
+        classes: int = 0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        stride = 2 ** (len(multipliers) - 1)
+        if image_size % stride:
+            raise InputError(f"image size {image_size} is not divisible by {stride}, which {len(multipliers)} resolution levels need")
+        if channels % GROUPS:
+            raise InputError(f"channels must be a multiple of {GROUPS}, not {channels}")
+        self.arguments = dict(
+            image_size=image_size, in_channels=in_channels, channels=channels, multipliers=list(multipliers),
+            blocks=blocks, attention=list(attention), classes=classes, dropout=dropout,
+        )  # fmt: skip
+        self.classes, width = classes, 4 * channels
+        self.time = TimeEmbedding(channels, width)
+        self.label = nn.Embedding(classes + 1, width) if classes else None
+        self.first = nn.Conv2d(in_channels, channels, 3, padding=1)
+
+        self.down, self.up, skips, c = nn.ModuleList(), nn.ModuleList(), [], channels
+        widths = [channels * m for m in multipliers]
+        sizes = [image_size // 2**i for i in range(len(widths))]
+        for size, w in zip(sizes, widths):
+            for _ in range(blocks):
+                self.down.append(Level(c, w, width, dropout, size in attention))
+                skips.append(c := w)
+        self.middle = Level(c, c, width, dropout, sizes[-1] in attention)
+        for size, w in zip(reversed(sizes), reversed(widths)):
+            for _ in range(blocks):
+                self.up.append(Level(c + skips.pop(), w, width, dropout, size in attention))
+                c = w
+        self.blocks = blocks
+        self.last = nn.Sequential(nn.GroupNorm(GROUPS, c), nn.SiLU(), zero(nn.Conv2d(c, in_channels, 3, padding=1)))
+
+    def forward(self, z: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        emb = self.time(t)
+        if self.label is not None:
+            emb = emb + self.label(torch.full_like(t, self.classes, dtype=torch.long) if cond is None else cond)
+        emb, h, skips = F.silu(emb), self.first(z), []
+        for i, level in enumerate(self.down):
+            if i and i % self.blocks == 0:
+                h = F.avg_pool2d(h, 2)
+            skips.append(h := level(h, emb))
+        h = self.middle(h, emb)
+        for i, level in enumerate(self.up):
+            if i and i % self.blocks == 0:
+                h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+            h = level(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.last(h)
