@@ -9,6 +9,8 @@ from .schedule import CosineSchedule, DiscreteSchedule
 from .solvers import addim, ddim, inverse_ddim
 from .unet import UNet
 
+__version__ = "0.1.0"
+
 __all__ = [
     "CosineSchedule", "Denoiser", "DiscreteSchedule", "GaussianMixture", "InputError", "LossOutput", "Stage", "UNet",
     "addim", "consistency_loss", "ddim", "diffusion_loss", "guided", "inverse_ddim", "load", "sample", "save",

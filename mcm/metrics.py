@@ -103,10 +103,10 @@ def train_classifier(data: ImageData, iterations: int, path: Path, batch: int = 
             torch.manual_seed(0)
             classifier = Classifier(data.image_shape, data.classes).to(device).train()
             optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, iterations)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, iterations)
             for step in tqdm(range(iterations), "feature classifier", leave=False, unit="it"):
                 rows = batch_indices(len(data.images), batch, step, seed=0).to(device)
-                loss = F.cross_entropy(classifier(to_float(data.images[rows])), data.labels[rows], label_smoothing=0.1)
+                loss = F.cross_entropy(classifier(to_float(data.images[rows])), data.labels[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -87,9 +87,9 @@ def train(
     averaged = copy.deepcopy(denoiser).requires_grad_(False).eval()
     parameters = list(denoiser.parameters())
     optimizer = torch.optim.Adam(parameters, settings.lr, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
-    state_file, model_file, first = out / f"{name}.state.safetensors", out / f"{name}.safetensors", 0
+    state_file, model_file, first, elapsed = out / f"{name}.state.safetensors", out / f"{name}.safetensors", 0, 0.0
     if resume and state_file.is_file():
-        first = load_state(state_file, denoiser, averaged, optimizer, settings)
+        first, elapsed = load_state(state_file, denoiser, averaged, optimizer, settings)
     K = denoiser.student_steps or 1
     steps = tqdm(range(first, settings.iterations), name, initial=first, total=settings.iterations, unit="it")
     pending, started = [], time.perf_counter()
@@ -113,7 +113,8 @@ def train(
         done = step + 1 == settings.iterations
         if done or (step + 1) % settings.log_every == 0 or (step + 1) % settings.save_every == 0:
             seconds, started = time.perf_counter() - started, time.perf_counter()
-            line = summary(pending, K, step + 1, name, settings.batch)
+            elapsed += seconds
+            line = summary(pending, K, step + 1, name)
             pending = []
             rate = settings.batch * line["steps"] / seconds
             line |= {"model": name, "lr": settings.lr_at(step), "seconds": round(seconds, 3), "images_per_second": round(rate, 1)}
@@ -121,12 +122,13 @@ def train(
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
         if done or (step + 1) % settings.save_every == 0:
-            save(model_file, averaged, step=step + 1, iterations=settings.iterations, **metadata)
-            save_state(state_file, denoiser, averaged, optimizer, step + 1, settings)
+            averaged.metadata = metadata | {"step": step + 1, "seconds": round(elapsed, 1)}
+            save_state(state_file, denoiser, averaged, optimizer, settings, step + 1, elapsed)
+            save(model_file, averaged, **averaged.metadata)
     return averaged
 
 
-def summary(pending: list[tuple], K: int, step: int, name: str, batch: int) -> dict:
+def summary(pending: list[tuple], K: int, step: int, name: str) -> dict:
     """One line of the log from the (per_sample, t[, gradient norm]) of the steps since the last one; checks that all are finite."""
     losses, times = torch.cat([p[0] for p in pending]).double().cpu(), torch.cat([p[1] for p in pending]).double().cpu()
     norms = torch.stack([p[2] for p in pending if len(p) == 3]).cpu()
@@ -150,17 +152,20 @@ def summary(pending: list[tuple], K: int, step: int, name: str, batch: int) -> d
     }  # fmt: skip
 
 
-def save_state(path: Path, denoiser: Denoiser, averaged: Denoiser, optimizer: torch.optim.Optimizer, step: int, settings: Training) -> None:
+def save_state(path: Path, denoiser: Denoiser, averaged: Denoiser, optimizer: torch.optim.Optimizer, settings: Training, step: int, elapsed: float):
     tensors = {f"raw.{k}": v for k, v in denoiser.state_dict().items()} | {f"ema.{k}": v for k, v in averaged.state_dict().items()}
     for index, entries in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{k}": v for k, v in entries.items()}
-    write_safetensors(path, tensors, {"step": step, "iterations": settings.iterations, "batch": settings.batch, "seed": settings.seed})
+    write_safetensors(path, tensors, {"step": step, "elapsed": elapsed, **{key: getattr(settings, key) for key in MUST_MATCH}})
 
 
-def load_state(path: Path, denoiser: Denoiser, averaged: Denoiser, optimizer: torch.optim.Optimizer, settings: Training) -> int:
-    """Put everything back; -> the step to go on from. Raises InputError if the file belongs to a run with other settings."""
+MUST_MATCH = ("iterations", "batch", "accumulate", "lr", "ema", "precision", "seed")
+
+
+def load_state(path: Path, denoiser: Denoiser, averaged: Denoiser, optimizer: torch.optim.Optimizer, settings: Training) -> tuple[int, float]:
+    """Put everything back; -> the step to go on from, the seconds spent so far. Raises InputError if it belongs to a run with other settings."""
     tensors, metadata = read_safetensors(path)
-    for key in ("iterations", "batch", "seed"):
+    for key in MUST_MATCH:
         if metadata[key] != getattr(settings, key):
             raise InputError(f"{path}: saved with {key} {metadata[key]}, but now it is {getattr(settings, key)}. Give the old value, or another --out.")
     try:
@@ -174,4 +179,4 @@ def load_state(path: Path, denoiser: Denoiser, averaged: Denoiser, optimizer: to
             _, index, entry = key.split(".", 2)
             state.setdefault(int(index), {})[entry] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return metadata["step"]
+    return metadata["step"], metadata["elapsed"]

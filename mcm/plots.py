@@ -1,0 +1,85 @@
+"""The three pictures of a run. Colours are the Okabe-Ito set, which colour-blind readers can tell apart."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only; no window, no display needed
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A"]
+
+
+def sample_rows(rows: dict[str, Tensor], path: Path, scale: int = 4) -> None:
+    """rows: label -> images (n, C, H, W) in [-1, 1], drawn one row each under a common set of columns."""
+    images = torch.cat(list(rows.values())).float().cpu()
+    n, size = len(next(iter(rows.values()))), images.shape[-1] + 1
+    grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=n, padding=1, pad_value=1.0)
+    pixels = max(scale, -(-34 // size))  # at least 34 dots a row, so that the labels fit
+    figure = plt.figure(figsize=((n * size * pixels + 150) / 100, (len(rows) * size * pixels + 16) / 100), dpi=100)
+    left, bottom = 150 / (n * size * pixels + 150), 8 / (len(rows) * size * pixels + 16)
+    axes = figure.add_axes((left, bottom, 1 - left - 0.005, 1 - 2 * bottom))
+    axes.imshow(grid.permute(1, 2, 0), interpolation="nearest", aspect="auto")
+    axes.set_yticks([size * (i + 0.5) for i in range(len(rows))], list(rows))
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def quality_vs_steps(results: dict, path: Path) -> None:
+    """Frechet distance against network evaluations per image: the teacher's samplers and the students."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120)
+    curves: dict[str, list] = {}
+    for row in results["rows"]:
+        label = f"teacher, {'aDDIM' if row['sampler'] == 'addim' else 'DDIM'}" if row["model"] == "teacher" else f"students ({row['recipe']})"
+        curves.setdefault(label, []).append((row["nfe"], row["frechet"]))
+    for (label, points), colour, marker in zip(curves.items(), COLOURS, "sDo^v"):
+        x, y = zip(*sorted(points))
+        axes.plot(x, y, marker=marker, color=colour, label=label, linewidth=1.6, markersize=5)
+    ticks = sorted({row["nfe"] for row in results["rows"]})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.set_xlabel("network evaluations per image")
+    axes.set_ylabel(f"Fréchet distance ({results['metric']['features']} features)\nlower is better")
+    axes.set_title(f"{results['data']}: {results['metric']['n_generated']:,} samples against {results['metric']['n_reference']:,} training images", fontsize=10)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def training_curves(log: Path, path: Path) -> None:
+    """Left: the loss of each model over its run. Right: the loss by noise level t over the last quarter of each run."""
+    runs: dict[str, list[dict]] = {}
+    for line in log.read_text().splitlines():
+        entry = json.loads(line)
+        kept = [old for old in runs.get(entry["model"], []) if old["step"] < entry["step"]]  # a resumed run rewrites its tail
+        runs[entry["model"]] = [*kept, entry]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=120)
+    for (name, entries), colour in zip(runs.items(), COLOURS * (1 + len(runs) // len(COLOURS))):
+        left.plot([e["step"] for e in entries], [e["loss"] for e in entries], color=colour, label=name)
+        last = [e["loss_by_t"] for e in entries[-max(1, len(entries) // 4) :]]
+        means = [[v for v in column if v is not None] for column in zip(*last)]
+        points = [((i + 0.5) / len(means), sum(v) / len(v)) for i, v in enumerate(means) if v]
+        if points:
+            right.plot(*zip(*points), marker="o", color=colour, label=name)
+    left.set_xlabel("training step")
+    right.set_xlabel("t (0 = clean image, 1 = noise)")
+    for axes in (left, right):
+        axes.set_yscale("log")
+        axes.set_ylabel("training loss")
+        axes.grid(alpha=0.3, which="both")
+    left.set_title("loss over the run (students' targets change with the grid)", fontsize=10)
+    right.set_title("loss by noise level, end of the run", fontsize=10)
+    left.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

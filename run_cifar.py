@@ -1,0 +1,421 @@
+#!/usr/bin/env python3
+"""Pixels, from top to bottom: train a diffusion teacher, turn it into K-step students, measure both, draw pictures.
+
+    python run_cifar.py --data digits                       minutes on a laptop, no download
+    python run_cifar.py                                     CIFAR-10, class-conditional
+    python run_cifar.py --data folder --data-dir PICTURES   your own images
+    python run_cifar.py --sample runs/digits/cd-4.safetensors --n 64
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+import mcm
+from mcm import metrics, plots, recipes
+from mcm.data import ImageData, load_data, to_float
+from mcm.training import Training, train
+
+# What a run is made of. Every value can be overridden by the option of the same name.
+BASE = dict(
+    image_size=32, channels=64, multipliers=[1, 2, 2], blocks=2, attention=[16], dropout=0.0, label_dropout=0.1,
+    teacher_iterations=100_000, student_iterations=[50_000], batch=128, lr=2e-4, student_lr=1e-4, ema=0.9999, student_ema=0.999,
+    grid=[64, 640], distance="huber", c=1e-4, x_var="auto", samples=10_000, classifier_iterations=5000,
+)  # fmt: skip
+DIGITS = dict(
+    image_size=8, channels=64, multipliers=[1, 1], blocks=1, attention=[4], teacher_iterations=1300, student_iterations=[500],
+    lr=1e-3, student_lr=1e-3, ema=0.995, student_ema=0.995, grid=[8, 32], c=1e-3, samples=1500, classifier_iterations=300,
+)  # fmt: skip
+PRESETS = {
+    "digits": {
+        "default": ("under 5 minutes on 2 CPU cores", BASE | DIGITS),
+        "long": ("under 20 minutes on 2 CPU cores", BASE | DIGITS | dict(teacher_iterations=4000, student_iterations=[3000])),
+        "tiny": (
+            "under 1 minute on 2 CPU cores, for trying things out",
+            BASE | DIGITS | dict(channels=32, teacher_iterations=300, student_iterations=[150], samples=500),
+        ),
+    },
+    "cifar10": {
+        "default": ("about a day on one recent GPU (not yet measured)", BASE | dict(channels=128, blocks=3, dropout=0.1)),
+        "small": (
+            "1.7 M parameters; about 2 hours on 2 CPU cores",
+            BASE | dict(channels=32, teacher_iterations=4000, student_iterations=[600], batch=64, lr=5e-4, student_lr=3e-4, ema=0.998,
+                        student_ema=0.995, grid=[8, 64], c=1e-3, samples=1000, classifier_iterations=1500),
+        ),
+    },
+    "imagenet64": {
+        "default": ("several days on one recent GPU (not yet measured)", BASE | dict(image_size=64, channels=128, multipliers=[1, 2, 2, 3], attention=[16, 8])),
+    },
+    "folder": {
+        "default": ("depends on the image size; see the bars", BASE | dict(image_size=64, channels=64, multipliers=[1, 2, 2, 3], attention=[16, 8])),
+        "small": (
+            "0.5 M parameters at 16x16; under an hour on 2 CPU cores",
+            BASE | dict(image_size=16, channels=32, multipliers=[1, 2], attention=[8], teacher_iterations=4000, student_iterations=[600], lr=1e-3,
+                        student_lr=5e-4, ema=0.998, student_ema=0.995, grid=[8, 64], c=1e-3, samples=1000, classifier_iterations=1000),
+        ),
+    },
+}  # fmt: skip
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    class Help(argparse.RawDescriptionHelpFormatter):
+        def __init__(self, prog):
+            super().__init__(prog, max_help_position=32, width=110)
+
+    epilog = "presets (every value can be overridden by the option of the same name):\n"
+    for data, presets in PRESETS.items():
+        for name, (cost, values) in presets.items():
+            shown = ", ".join(f"{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in values.items())
+            epilog += f"\n  --data {data} --preset {name}: {cost}\n    {shown}\n"
+    parser = argparse.ArgumentParser(prog="run_cifar.py", description=__doc__, epilog=epilog, formatter_class=Help)
+
+    group = parser.add_argument_group("what to run")
+    group.add_argument("--data", default="cifar10", help="digits, cifar10, imagenet64 or folder (default: cifar10)")
+    group.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where the data is, or is downloaded to (default: data)")
+    group.add_argument("--preset", default="default", help="network and run length, listed below (default: default)")
+    group.add_argument("--method", choices=["cd", "ct"], default="cd", help="cd: distil the teacher; ct: consistency training from the images, starting from the teacher's weights (default: cd)")
+    group.add_argument("--steps", type=int, nargs="+", metavar="K", help="one student for each number of sampling steps (default: 1 2 4 8)")
+    group.add_argument("--teacher", type=Path, metavar="CHECKPOINT", help="use this teacher instead of training one")
+    group.add_argument("--resume", action="store_true", help="go on with the run in --out: what is finished is not repeated")
+    group.add_argument("--sample", type=Path, metavar="CHECKPOINT", help="only draw a grid of samples from this checkpoint, in the number of steps that it was made for")
+    group.add_argument("--n", type=int, default=64, help="with --sample: how many images (default: 64)")
+
+    group = parser.add_argument_group("where and how")
+    group.add_argument("--out", type=Path, metavar="DIR", help="results, pictures, checkpoints, log (default: runs/DATA)")
+    group.add_argument("--features", type=Path, metavar="FILE", help="cache of the feature classifier (default: features-DATA.safetensors beside --out)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
+    group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: networks in bfloat16 autocast, losses in float32 (default: fp32)")
+    group.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    group.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="training steps between checkpoints (default: 500)")
+
+    group = parser.add_argument_group("preset values")
+    group.add_argument("--image-size", type=int, metavar="PIXELS", help="images of a folder are resized and cropped to this")
+    group.add_argument("--channels", type=int, help="width of the UNet's first level")
+    group.add_argument("--multipliers", type=int, nargs="+", help="width of each level over --channels; one level per halving of the image")
+    group.add_argument("--blocks", type=int, help="residual blocks per level, down and up")
+    group.add_argument("--attention", type=int, nargs="*", metavar="PIXELS", help="resolutions with attention")
+    group.add_argument("--dropout", type=float, help="dropout in the residual blocks, in [0, 1)")
+    group.add_argument("--label-dropout", type=float, help="how often the teacher trains without the class, in [0, 1]; guidance needs it")
+    group.add_argument("--teacher-iterations", type=int, metavar="STEPS", help="teacher training steps")
+    group.add_argument("--student-iterations", type=int, nargs="+", metavar="STEPS", help="student training steps: one number, or one for each of --steps")
+    group.add_argument("--batch", type=int, help="images per training step")
+    group.add_argument("--lr", type=float, help="peak learning rate of the teacher")
+    group.add_argument("--student-lr", type=float, help="peak learning rate of the students")
+    group.add_argument("--ema", type=float, help="decay of the teacher's averaged weights, per step")
+    group.add_argument("--student-ema", type=float, help="decay of the students' averaged weights, per step")
+    group.add_argument("--grid", type=int, nargs=2, metavar=("FIRST", "LAST"), help="teacher steps N at the start and from the middle of a student's run on (paper: 64 1280)")
+    group.add_argument("--distance", choices=["auto", "huber", "squared"], help="auto: squared for K = 1, the paper's pseudo-Huber for more steps")
+    group.add_argument("--c", type=float, help="the pseudo-Huber constant, in units of v")
+    group.add_argument("--x-var", choices=["auto", "mse", "prior", "none"], help="variance for aDDIM in the teacher's step; none: DDIM; auto: none for K <= 2, else mse")
+    group.add_argument("--samples", type=int, help="generated images per row of the table")
+    group.add_argument("--classifier-iterations", type=int, metavar="STEPS", help="training steps of the feature classifier")
+
+    group = parser.add_argument_group("further")
+    group.add_argument("--accumulate", type=int, default=1, metavar="PARTS", help="put the batch through the network in this many parts, to save memory (default: 1)")
+    group.add_argument("--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance of the teacher, in sampling and in distillation; 1 is none (default: 1)")
+    args = parser.parse_args(argv)
+
+    if args.data not in PRESETS:
+        raise mcm.InputError(f"unknown data set {args.data!r}: choose {', '.join(PRESETS)}")
+    if args.preset not in PRESETS[args.data]:
+        raise mcm.InputError(f"no preset {args.preset!r} for {args.data}: choose {', '.join(PRESETS[args.data])}")
+    args.cost, preset = PRESETS[args.data][args.preset]
+    for name, value in preset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.steps_given, args.steps = args.steps, args.steps or [1, 2, 4, 8]
+    args.out_given, args.out = args.out, args.out or Path("runs") / args.data
+    args.features = args.features or args.out.parent / f"features-{args.data}.safetensors"
+    if len(args.student_iterations) == 1:
+        args.student_iterations *= len(args.steps)
+    args.preset_values = {name: getattr(args, name) for name in preset}
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Everything that can be seen to be wrong before any work is done."""
+    if len(args.student_iterations) != len(args.steps):
+        raise mcm.InputError(f"--student-iterations has {len(args.student_iterations)} numbers for {len(args.steps)} students: give one, or one each")
+    if len(set(args.steps)) < len(args.steps):
+        raise mcm.InputError(f"--steps {' '.join(map(str, args.steps))} names a student twice")
+    positive = ["teacher_iterations", "batch", "samples", "classifier_iterations", "accumulate", "n", "save_every", "image_size", "blocks", "lr", "student_lr"]
+    for name in positive:
+        if getattr(args, name) <= 0:
+            raise mcm.InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    if min(args.student_iterations) <= 0 or min(args.grid) <= 0:
+        raise mcm.InputError("--student-iterations and --grid must be positive")
+    if args.samples < 2 * metrics.Classifier.DIM:
+        raise mcm.InputError(f"--samples {args.samples} is too few for a covariance of {metrics.Classifier.DIM} features: use at least {2 * metrics.Classifier.DIM}")
+    for K in args.steps:
+        stage(args, K)
+
+
+def pick_device(name: str | None) -> torch.device:
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.type, False):
+        raise mcm.InputError(f"--device {name} was asked for, but this machine or this build of PyTorch has none: use --device cpu")
+    return device
+
+
+def stage(args: argparse.Namespace, K: int) -> recipes.Stage:
+    """The student's training stage; the pieces of it that depend on K."""
+    distance = args.distance if args.distance != "auto" else ("squared" if K == 1 else "huber")
+    changes = {} if args.x_var == "auto" else {"x_var": None if args.x_var == "none" else args.x_var}
+    return recipes.mcm(K, teacher_steps=tuple(args.grid), distance=distance, c=args.c, **changes)
+
+
+def training(args: argparse.Namespace, iterations: int, lr: float, ema: float) -> Training:
+    return Training(
+        iterations, args.batch, args.accumulate, lr, warmup=min(1000, iterations // 20), ema=ema, precision=args.precision,
+        seed=args.seed, log_every=min(100, max(10, iterations // 50)), save_every=args.save_every,
+    )  # fmt: skip
+
+
+def finished(path: Path, iterations: int) -> bool:
+    """Whether this checkpoint is the end of a run, not a stop on the way."""
+    return path.is_file() and mcm.load(path).metadata.get("step") == iterations
+
+
+def get_teacher(args: argparse.Namespace, data: ImageData, device: torch.device) -> mcm.Denoiser:
+    """The diffusion model: given, finished earlier, or trained now on the v-loss."""
+    path = args.teacher or args.out / "teacher.safetensors"
+    if args.teacher or (args.resume and finished(path, args.teacher_iterations)):
+        teacher = mcm.load(path, device)
+        wanted = (args.image_size, data.image_shape[0], data.classes)
+        found = tuple(teacher.network.arguments[k] for k in ("image_size", "in_channels", "classes"))
+        if found != wanted:
+            raise mcm.InputError(f"{path} is for (image size, channels, classes) = {found}, but {args.data} needs {wanted}")
+        if teacher.student_steps:
+            raise mcm.InputError(f"{path} is a {teacher.student_steps}-step student; a teacher is a diffusion model")
+        return teacher
+    torch.manual_seed(args.seed)
+    network = mcm.UNet(args.image_size, data.image_shape[0], args.channels, tuple(args.multipliers), args.blocks, tuple(args.attention), data.classes, args.dropout)  # fmt: skip
+    teacher = mcm.Denoiser(network, mcm.CosineSchedule()).to(device)
+
+    def loss(denoiser: mcm.Denoiser, x: Tensor, labels: Tensor, progress: float) -> mcm.LossOutput:
+        dropped = torch.rand(len(labels), device=device) < args.label_dropout
+        return mcm.diffusion_loss(denoiser, x, torch.where(dropped, data.classes, labels))
+
+    settings = training(args, args.teacher_iterations, args.lr, args.ema)
+    return train(teacher, loss, data, settings, args.out, "teacher", args.resume, trained_on=args.data)
+
+
+def get_student(args: argparse.Namespace, K: int, iterations: int, teacher: mcm.Denoiser, data: ImageData) -> mcm.Denoiser:
+    """A K-step student: finished earlier, or trained now from the teacher's weights, with the one consistency loss."""
+    name, device = f"{args.method}-{K}", data.images.device
+    path = args.out / f"{name}.safetensors"
+    if args.resume and finished(path, iterations):
+        return mcm.load(path, device)
+    network = mcm.UNet(**teacher.network.arguments | {"dropout": args.dropout}).to(device)
+    network.load_state_dict(teacher.network.state_dict())
+    student = mcm.Denoiser(network, teacher.schedule, teacher.prediction, student_steps=K)
+    how, source = stage(args, K), guide(teacher, args, data) if args.method == "cd" else None
+
+    def loss(denoiser: mcm.Denoiser, x: Tensor, labels: Tensor, progress: float) -> mcm.LossOutput:
+        return mcm.consistency_loss(denoiser, x, labels, how, teacher=source, progress=progress)
+
+    settings = training(args, iterations, args.student_lr, args.student_ema)
+    return train(student, loss, data, settings, args.out, name, args.resume, trained_on=args.data, method=args.method)
+
+
+def guide(teacher: mcm.Denoiser, args: argparse.Namespace, data: ImageData):
+    null = torch.tensor(data.classes, device=data.images.device)
+    return teacher if args.guidance == 1 else mcm.guided(teacher, args.guidance, null)
+
+
+def generate(model, z: Tensor, labels: Tensor, steps: int, solver, device: torch.device, label: str, precision: str) -> tuple[Tensor, float]:
+    """-> images (n, C, H, W) in [-1, 1] on the CPU, seconds per image."""
+    images, chunk, started = [], max(1, 2**19 // z[0].numel()), time.perf_counter()
+    with tqdm(total=len(z), desc=label, unit="img", leave=False) as bar:
+        for part, y in zip(z.split(chunk), labels.split(chunk)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                images.append(mcm.sample(model, part.to(device), steps, y.to(device), solver).clamp(-1, 1).cpu())
+            bar.update(len(part))
+    return torch.cat(images), (time.perf_counter() - started) / len(z)
+
+
+def evaluate(args, data: ImageData, teacher, students: dict[int, mcm.Denoiser], classifier, device) -> list[dict]:
+    """One row per model and number of steps, all from the same noise and classes. Rows are kept in rows.json as they are made."""
+    n = args.samples
+    z = torch.randn(n, *data.image_shape, generator=torch.Generator().manual_seed(args.seed + 1_000_000))
+    labels = data.labels.cpu()[torch.linspace(0, len(data.labels) - 1, n).long()]  # classes as often as in the data
+    real = metrics.embed(classifier, data.images)[0].cpu()
+    store, per_step, rows = args.out / "rows.json", 1 if args.guidance == 1 else 2, {}
+    same = {"samples": n, "seed": args.seed, "guidance": args.guidance}
+    if args.resume and store.is_file():
+        saved = json.loads(store.read_text())
+        rows = saved["rows"] if saved["of"] == same else {}
+
+    plan = [("teacher", None, steps, mcm.ddim) for steps in (64, 32, 16, 8, 4, 2, 1)] + [("teacher", None, steps, mcm.addim) for steps in (16, 8, 4, 2)]
+    plan += [("student", f"mcm-{args.method}", K, mcm.ddim) for K in students]
+    reference = None
+    for model, recipe, steps, solver in plan:
+        key = f"{recipe or model} {solver.__name__} {steps}"
+        if key in rows:
+            continue
+        network = guide(teacher, args, data) if model == "teacher" else students[steps]
+        if reference is None:
+            reference, seconds = generate(guide(teacher, args, data), z, labels, 64, mcm.ddim, device, "teacher, 64 steps", args.precision)
+        images = reference
+        if (model, steps) != ("teacher", 64):
+            images, seconds = generate(network, z, labels, steps, solver, device, f"{model}, {steps} steps", args.precision)
+        features, predicted = metrics.embed(classifier, images.to(device))
+        precision, recall = metrics.precision_recall(real, features.cpu())
+        rows[key] = {
+            "model": model, **({"recipe": recipe} if recipe else {}), "sampler": solver.__name__, "steps": steps, "nfe": steps * (per_step if model == "teacher" else 1),
+            "frechet": metrics.frechet(real, features.cpu()), "precision": precision, "recall": recall,
+            "rmse_to_teacher": (images - reference).square().mean().sqrt().item(),
+            "class_accuracy": (predicted.cpu() == labels).double().mean().item() if data.classes > 1 else None, "seconds_per_image": seconds,
+        }  # fmt: skip
+        write(store, json.dumps({"of": same, "rows": rows}))
+    order = {"teacher ddim": 0, "teacher addim": 1}
+    return [row for _, row in sorted(rows.items(), key=lambda item: (order.get(item[0].rsplit(" ", 1)[0], 2), item[0].split()[0], item[1]["steps"]))]
+
+
+def draw_samples(args, data: ImageData, teacher, students: dict[int, mcm.Denoiser], device) -> None:
+    """samples.png: the same noise and class down each column; on top the training image nearest to the teacher's."""
+    n = 20 if data.image_shape[1] <= 16 else 12
+    z = torch.randn(n, *data.image_shape, generator=torch.Generator().manual_seed(args.seed + 2_000_000)).to(device)
+    labels = (torch.arange(n) * data.classes // n if data.classes > n else torch.arange(n) % data.classes).to(device)
+    drawn = {"teacher, 64 steps": mcm.sample(guide(teacher, args, data), z, 64, labels)}
+    for K in sorted(students, reverse=True):
+        drawn[f"{args.method.upper()}, K = {K}"] = mcm.sample(students[K], z, cond=labels)
+    neighbours = to_float(data.images[metrics.nearest(drawn["teacher, 64 steps"], data.images)])
+    plots.sample_rows({"nearest training image": neighbours, **drawn}, args.out / "samples.png")
+
+
+def table(results: dict) -> str:
+    """results.md, and what is printed."""
+    metric, floor = results["metric"], results["reference_floor"]
+    lines = [
+        f"{results['data']}, seed {results['seed']}: Fréchet distance in the {metric['dim']} features of {metric['features']}, {metric['n_generated']:,} samples",
+        f"against the {metric['n_reference']:,} training images (not FID). Two halves of the real data, {floor['n']:,} images each: {floor['frechet']:.3f}.",
+        "",
+        "| model | sampler | steps | NFE | Fréchet | precision | recall | RMSE to teacher | class accuracy | s/image |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        accuracy = "" if row["class_accuracy"] is None else f"{row['class_accuracy']:.3f}"
+        lines.append(
+            f"| {row.get('recipe') or row['model']} | {row['sampler']} | {row['steps']} | {row['nfe']} | {row['frechet']:.3f} | {row['precision']:.3f} | "
+            f"{row['recall']:.3f} | {row['rmse_to_teacher']:.3f} | {accuracy} | {row['seconds_per_image']:.5f} |"
+        )
+    seconds = results["seconds"]
+    spent = ", ".join(f"K = {K} {s:.0f}" for K, s in seconds["students"].items())
+    lines += ["", f"Seconds: teacher {seconds['teacher']:.0f}, students {spent}, evaluation {seconds['evaluation']:.0f}, total {seconds['total']:.0f} ({results['device']})."]
+    return "\n".join(lines) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    """All or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def open_out(args: argparse.Namespace) -> None:
+    """Make --out, or refuse it. run.json marks it as ours and says what it was for."""
+    marker, mine = args.out / "run.json", {"data": args.data, "seed": args.seed, "image_size": args.image_size}
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / ".writable").touch()
+        (args.out / ".writable").unlink()
+    except OSError as error:
+        raise mcm.InputError(f"--out {args.out} cannot be written to ({error.strerror}): choose another folder") from None
+    if (marker.exists() or (args.out / "results.json").exists()) and not args.resume:
+        raise mcm.InputError(f"{args.out} holds another run's results: go on with it by --resume, or choose another --out")
+    if marker.exists():
+        theirs = json.loads(marker.read_text())
+        if theirs != mine:
+            raise mcm.InputError(f"{args.out} holds a run with {theirs}, but now it is {mine}: choose another --out")
+    write(marker, json.dumps(mine))
+
+
+def draw_only(args: argparse.Namespace) -> None:
+    """--sample: a grid of images from any checkpoint."""
+    device = pick_device(args.device)
+    denoiser = mcm.load(args.sample, device)
+    steps = args.steps_given[0] if args.steps_given else denoiser.student_steps or 64
+    shape = denoiser.network.arguments
+    z = torch.randn(args.n, shape["in_channels"], shape["image_size"], shape["image_size"], generator=torch.Generator().manual_seed(args.seed))
+    labels = torch.arange(args.n) % max(1, shape["classes"])
+    images, seconds = generate(denoiser, z, labels, steps, mcm.ddim, device, f"{steps} steps", args.precision)
+    scale = max(1, 128 // shape["image_size"])
+    path = (args.out_given or args.sample.parent) / f"{args.sample.stem}-{steps}-steps.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(torch.nn.functional.interpolate((images + 1) / 2, scale_factor=scale), path, nrow=math.ceil(math.sqrt(args.n)))
+    print(f"{path}: {args.n} images, {steps} steps each, {seconds:.4f} seconds per image")
+
+
+def main(argv: list[str]) -> None:
+    args, started = parse(argv), time.perf_counter()
+    check(args)
+    if args.sample:
+        return draw_only(args)
+    device = pick_device(args.device)
+    print(f"{args.data}, preset {args.preset}: {args.cost}")
+    print("  " + ", ".join(f"{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in args.preset_values.items()))
+    data = load_data(args.data, args.data_dir, args.image_size).to(device)
+    open_out(args)
+    classifier, accuracy = metrics.train_classifier(data, args.classifier_iterations, args.features)
+    print(f"{len(data.images):,} training images, {len(data.held_images):,} held out; the feature classifier is right on {accuracy:.1%} of those")
+
+    teacher = get_teacher(args, data, device)
+    print(f"the network has {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f} M parameters")
+    students = {K: get_student(args, K, n, teacher, data) for K, n in zip(args.steps, args.student_iterations)}
+
+    evaluation = time.perf_counter()
+    rows = evaluate(args, data, teacher, students, classifier, device)
+    draw_samples(args, data, teacher, students, device)
+    real = metrics.embed(classifier, data.images)[0].cpu()
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+    half = len(real) // 2
+    trained = {K: s.metadata["seconds"] for K, s in students.items()}
+    results = {
+        "data": args.data, "seed": args.seed, "device": describe(device),
+        "command": "python run_cifar.py " + shlex.join(Path(a).name if os.sep in a else a for a in argv),
+        "versions": {"mcm": mcm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "metric": {
+            "name": "frechet", "features": f"a classifier trained on {args.data}", "dim": classifier.DIM, "n_generated": args.samples, "n_reference": len(real), "reference": "train",
+            "classifier_accuracy": accuracy,
+        },
+        "reference_floor": {"frechet": metrics.frechet(real[order[:half]], real[order[half : 2 * half]]), "n": half},
+        "rows": rows,
+        "seconds": {
+            "teacher": teacher.metadata["seconds"], "students": {str(K): s for K, s in trained.items()},
+            "evaluation": round(time.perf_counter() - evaluation, 1), "total": round(time.perf_counter() - started, 1),
+        },
+        "settings": {k: v for k, v in args.preset_values.items()} | {"method": args.method, "steps": args.steps, "guidance": args.guidance, "precision": args.precision},
+    }  # fmt: skip
+    write(args.out / "results.json", json.dumps(results, indent=1) + "\n")
+    write(args.out / "results.md", table(results))
+    plots.quality_vs_steps(results, args.out / "quality_vs_steps.png")
+    if (args.out / "log.jsonl").is_file():
+        plots.training_curves(args.out / "log.jsonl", args.out / "training.png")
+    print("\n" + table(results))
+    print(f"{args.out}: results.json, results.md, samples.png, quality_vs_steps.png, training.png, checkpoints, log.jsonl")
+
+
+def describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except mcm.InputError as error:
+        sys.exit(print(f"run_cifar.py: error: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("\nstopped; go on with --resume", file=sys.stderr) or 130)
