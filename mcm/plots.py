@@ -20,8 +20,8 @@ def sample_rows(rows: dict[str, Tensor], path: Path, scale: int = 4) -> None:
     n, size = len(next(iter(rows.values()))), images.shape[-1] + 1
     grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=n, padding=1, pad_value=1.0)
     pixels = max(scale, -(-34 // size))  # at least 34 dots a row, so that the labels fit
-    figure = plt.figure(figsize=((n * size * pixels + 150) / 100, (len(rows) * size * pixels + 16) / 100), dpi=100)
-    left, bottom = 150 / (n * size * pixels + 150), 8 / (len(rows) * size * pixels + 16)
+    figure = plt.figure(figsize=((n * size * pixels + 190) / 100, (len(rows) * size * pixels + 16) / 100), dpi=100)
+    left, bottom = 190 / (n * size * pixels + 190), 8 / (len(rows) * size * pixels + 16)
     axes = figure.add_axes((left, bottom, 1 - left - 0.005, 1 - 2 * bottom))
     axes.imshow(grid.permute(1, 2, 0), interpolation="nearest", aspect="auto")
     axes.set_yticks([size * (i + 0.5) for i in range(len(rows))], list(rows))
@@ -47,8 +47,9 @@ def quality_vs_steps(results: dict, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.set_xlabel("network evaluations per image")
-    axes.set_ylabel(f"Fréchet distance ({results['metric']['features']} features)\nlower is better")
-    axes.set_title(f"{results['data']}: {results['metric']['n_generated']:,} samples against {results['metric']['n_reference']:,} training images", fontsize=10)
+    axes.set_ylabel("Fréchet distance (lower is better)")
+    metric = results["metric"]
+    axes.set_title(f"{metric['n_generated']:,} samples against {metric['n_reference']:,} training images, features of {metric['features']}", fontsize=9)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.tight_layout()

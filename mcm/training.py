@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -53,9 +54,14 @@ class Training:
         return min(self.ema, (1 + step) / (10 + step))
 
 
+def mixed(*numbers: int) -> int:
+    """One 32-bit seed from several numbers. (PyTorch's CPU generator ignores all higher bits, so they cannot just be packed.)"""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 @lru_cache(maxsize=2)
 def permutation(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed((seed << 32) + epoch))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mixed(seed, epoch, n)))
 
 
 def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
@@ -94,7 +100,7 @@ def train(
     steps = tqdm(range(first, settings.iterations), name, initial=first, total=settings.iterations, unit="it")
     pending, started = [], time.perf_counter()
     for step in steps:
-        torch.manual_seed((settings.seed << 32) + step)
+        torch.manual_seed(mixed(settings.seed, step))
         rows = batch_indices(len(data.images), settings.batch, step, settings.seed).to(device)
         for group in optimizer.param_groups:
             group["lr"] = settings.lr_at(step)

@@ -1,0 +1,202 @@
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mcm
+from mcm import data as module
+from mcm.data import load_data, to_float
+
+
+def test_digits():
+    data = load_data("digits", "")
+    assert data.images.shape == (1500, 1, 8, 8) and data.images.dtype == torch.uint8 and data.held_images.shape[0] == 297
+    assert data.labels.bincount().min() > 130 and data.images.max() == 255 and data.images.min() == 0
+    assert torch.equal(load_data("digits", "").images, data.images)  # the split does not move
+    both = torch.cat([data.images, data.held_images]).flatten(1).unique(dim=0)
+    assert len(both) > 1780  # held-out images are others than the training images
+
+
+def test_to_float_reaches_both_ends():
+    assert to_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
+
+
+# --- CIFAR-10 ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cifar_batch():
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (10_000, 3072), dtype=np.uint8), rng.integers(0, 10, 10_000).astype(np.uint8)
+
+
+def write_binary(folder, images, labels, names=("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5")):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / f"{name}.bin").write_bytes(np.concatenate([labels[:, None], images], 1).tobytes())
+
+
+def write_python(folder, images, labels):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(1, 6):
+        with open(folder / f"data_batch_{i}", "wb") as file:  # protocol 2, as in the official files
+            pickle.dump({"data": images, "labels": labels.tolist(), "batch_label": "x", "filenames": ["a.png"]}, file, protocol=2)
+
+
+def test_both_versions_of_cifar10_read_the_same(tmp_path, cifar_batch):
+    images, labels = cifar_batch
+    write_binary(tmp_path / "b" / "cifar-10-batches-bin", images, labels)
+    write_python(tmp_path / "p" / "cifar-10-batches-py", images, labels)
+    binary, python = load_data("cifar10", tmp_path / "b"), load_data("cifar10", tmp_path / "p")
+    assert torch.equal(binary.images, python.images) and torch.equal(binary.labels, python.labels)
+    assert binary.images.shape == (49_000, 3, 32, 32) and len(binary.held_images) == 1000
+    # the folder itself serves too, and with a test batch nothing is taken from the training set
+    write_binary(tmp_path / "b" / "cifar-10-batches-bin", images, labels, ["test_batch"])
+    whole = load_data("cifar10", tmp_path / "b" / "cifar-10-batches-bin")
+    assert len(whole.images) == 50_000 and len(whole.held_images) == 10_000
+    assert torch.equal(whole.images[0].flatten(), torch.from_numpy(images[0])) and whole.labels[0] == labels[0]
+
+
+def test_cifar10_that_is_damaged(tmp_path, cifar_batch, monkeypatch):
+    images, labels = cifar_batch
+    write_binary(tmp_path, images, labels)
+    third = tmp_path / "data_batch_3.bin"
+    third.write_bytes(third.read_bytes()[:-100])
+    with pytest.raises(mcm.InputError, match=r"data_batch_3.bin has 30,729,900 bytes instead of 30,730,000"):
+        load_data("cifar10", tmp_path)
+    third.unlink()
+    with pytest.raises(mcm.InputError, match="data_batch_3.bin is missing"):
+        load_data("cifar10", tmp_path)
+    write_binary(tmp_path, images, labels + 20)
+    with pytest.raises(mcm.InputError, match="labels above 9"):
+        load_data("cifar10", tmp_path)
+
+    place = tmp_path / "py"
+    write_python(place, images, labels)
+    (place / "data_batch_2").write_bytes((place / "data_batch_2").read_bytes()[:5000])
+    with pytest.raises(mcm.InputError, match=r"data_batch_2 is not readable .*5,000 bytes found"):
+        load_data("cifar10", place)
+    write_python(place, images[:, :100], labels)
+    with pytest.raises(mcm.InputError, match=r"\(10000, 100\)"):
+        load_data("cifar10", place)
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(module, "CIFAR10", no_network)
+    with pytest.raises(mcm.InputError, match="no CIFAR-10 under .*no network.*--data-dir"):
+        load_data("cifar10", tmp_path / "empty")
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, cifar_batch):
+    class Bomb:
+        def __reduce__(self):
+            return (tmp_path / "exploded").touch, ()
+
+    write_python(tmp_path, *cifar_batch)
+    (tmp_path / "data_batch_1").write_bytes(pickle.dumps({"data": Bomb(), "labels": []}))
+    with pytest.raises(mcm.InputError, match="which no CIFAR-10 file needs"):
+        load_data("cifar10", tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+# --- ImageNet 64x64 ----------------------------------------------------------------------------------------------------------
+
+
+def npz(path, n, **changes):
+    arrays = dict(data=np.full((n, 12288), n, np.uint8), labels=np.arange(n) % 1000 + 1, mean=np.zeros(12288)) | changes
+    np.savez(path, **arrays)
+
+
+def test_imagenet64(tmp_path):
+    for i in (1, 2, 10):
+        npz(tmp_path / f"train_data_batch_{i}.npz", 10 * i)
+    npz(tmp_path / "val_data.npz", 7)
+    data = load_data("imagenet64", tmp_path)
+    assert data.images.shape == (130, 3, 64, 64) and data.images[0, 0, 0, 0] == 10 and data.images[-1, 0, 0, 0] == 100
+    assert data.labels.min() == 0 and data.labels[10] == 0 and data.classes == 1000 and len(data.held_images) == 7
+    (tmp_path / "val_data.npz").unlink()
+    data = load_data("imagenet64", tmp_path)
+    assert len(data.images) == 117 and len(data.held_images) == 13
+
+
+def test_imagenet64_that_is_damaged(tmp_path):
+    with pytest.raises(mcm.InputError, match="no train_data_batch"):
+        load_data("imagenet64", tmp_path)
+    path = tmp_path / "train_data_batch_1.npz"
+    npz(path, 20, data=np.zeros((20, 3072), np.uint8))
+    with pytest.raises(mcm.InputError, match=r"train_data_batch_1.npz: `data` is \(20, 3072\)"):
+        load_data("imagenet64", tmp_path)
+    np.savez(path, images=np.zeros(3))
+    with pytest.raises(mcm.InputError, match="not a downsampled-ImageNet batch"):
+        load_data("imagenet64", tmp_path)
+    npz(path, 20, labels=np.arange(20))
+    with pytest.raises(mcm.InputError, match="run from 0 to 19; the official ones are 1..1000"):
+        load_data("imagenet64", tmp_path)
+    npz(path, 20)
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(mcm.InputError, match="train_data_batch_1.npz .100,000 bytes. is not"):
+        load_data("imagenet64", tmp_path)
+    npz(path, 20)
+    content = bytearray(path.read_bytes())
+    content[50_000] ^= 255  # inside the data, where only the checksum sees it
+    path.write_bytes(content)
+    with pytest.raises(mcm.InputError, match="truncated or damaged"):
+        load_data("imagenet64", tmp_path)
+    assert zipfile.is_zipfile(path)
+
+
+# --- a folder ----------------------------------------------------------------------------------------------------------------
+
+
+def picture(path, size=(40, 30), colour=(255, 0, 0), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+
+
+def test_folder_with_classes(tmp_path):
+    for i in range(12):
+        picture(tmp_path / "cats" / f"{i}.png")
+        picture(tmp_path / "dogs" / "deep" / f"{i}.jpg", (16, 64), (0, 0, 255))
+    data = load_data("folder", tmp_path, 16)
+    assert data.images.shape == (22, 3, 16, 16) and len(data.held_images) == 2 and data.classes == 2
+    everything, labels = torch.cat([data.images, data.held_images]), torch.cat([data.labels, data.held_labels])
+    assert (everything[labels == 0][:, 0] == 255).all() and (everything[labels == 1][:, 2] > 250).all()  # jpeg is off by one or two
+
+
+def test_folder_modes_and_corrupt_images(tmp_path, capsys):
+    picture(tmp_path / "a.png", (8, 8), (255, 255, 255, 0), "RGBA")
+    picture(tmp_path / "b.png", (8, 8), 100, "L")
+    for i in range(8):
+        picture(tmp_path / f"c{i}.png", (8, 8))
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    (tmp_path / "notes.txt").write_text("not an image")
+    data = load_data("folder", tmp_path, 8)
+    out = capsys.readouterr()
+    assert "broken.png" in out.out + out.err and "1 of 11 images could not be read" in out.out
+    assert len(data.images) + len(data.held_images) == 10 and data.classes == 1
+    pixels = torch.cat([data.images, data.held_images])[:, :, 0, 0].tolist()
+    assert [0, 0, 0] in pixels and [100, 100, 100] in pixels  # transparent becomes black
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    with pytest.raises(mcm.InputError, match="not a folder"):
+        load_data("folder", tmp_path / "missing", 8)
+    with pytest.raises(mcm.InputError, match="no images in"):
+        load_data("folder", tmp_path, 8)
+    (tmp_path / "x.png").write_bytes(b"no image")
+    with pytest.raises(mcm.InputError, match="none of the 1 images"):
+        load_data("folder", tmp_path, 8)
+    with pytest.raises(mcm.InputError, match="unknown data set 'mnist'"):
+        load_data("mnist", tmp_path)
+
+
+def test_fingerprint_tells_data_apart():
+    a = load_data("digits", "")
+    b = load_data("digits", "")
+    assert a.fingerprint() == b.fingerprint()
+    b.images[700, 0, 3, 3] ^= 1
+    assert a.fingerprint() != b.fingerprint()

@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+import torch
+
+import mcm
+from mcm import metrics
+from mcm.data import digits
+
+
+def test_frechet_equals_the_closed_form():
+    """For samples standardised to have *exactly* a given mean and covariance. Commuting covariances: |dmu|^2 + sum (sqrt a - sqrt b)^2."""
+    d, n = 5, 400
+
+    def exactly(mean, covariance):
+        x = torch.randn(n, d).double()
+        x = x - x.mean(0)
+        x = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+        return x @ torch.linalg.cholesky(covariance).T + mean
+
+    rotation = torch.linalg.qr(torch.randn(d, d).double()).Q
+    a, b = torch.rand(d).double() + 0.1, torch.rand(d).double() + 0.1
+    mean = torch.randn(d).double()
+    x, y = exactly(torch.zeros(d).double(), rotation * a @ rotation.T), exactly(mean, rotation * b @ rotation.T)
+    expected = mean.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    assert metrics.frechet(x, y) == pytest.approx(expected.item(), rel=1e-9)
+    assert metrics.frechet(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_equals_an_independent_matrix_square_root():
+    """Covariances that do not commute, against tr sqrt(S_a S_b) from the eigenvalues of the product, which are real and positive."""
+    x, y = torch.randn(300, 6).double() @ torch.randn(6, 6).double(), torch.randn(200, 6).double() @ torch.randn(6, 6).double() + 1
+    s, r = np.cov(x.numpy().T), np.cov(y.numpy().T)
+    cross = np.sqrt(np.linalg.eigvals(s @ r).real).sum()
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum().item() + np.trace(s) + np.trace(r) - 2 * cross
+    assert metrics.frechet(x, y) == pytest.approx(expected, rel=1e-9)
+    assert metrics.frechet(x.float(), y) == pytest.approx(expected, rel=1e-4)
+
+
+def test_frechet_of_a_flat_distribution_is_finite():
+    x = torch.randn(100, 4).double() * torch.tensor([1.0, 1.0, 0.0, 0.0])
+    assert metrics.frechet(x, x + 1) == pytest.approx(4.0, rel=1e-9)
+
+
+def test_precision_and_recall():
+    """One line of points: a fake set that covers half of it is precise and recalls half; strays cost precision."""
+    real = torch.arange(100.0)[:, None]
+    assert metrics.precision_recall(real, real) == (1.0, 1.0)
+    precision, recall = metrics.precision_recall(real, real[:50] + 0.25)
+    assert precision == 1.0 and recall == pytest.approx(0.52, abs=0.015)  # the third neighbour reaches 2 beyond the end
+    strays = torch.cat([real, 1000 + 50 * torch.arange(100.0)[:, None]])
+    assert metrics.precision_recall(real, strays)[0] == 0.5
+
+
+def test_nearest():
+    data = digits()
+    queries = data.images[[5, 700, 3]].float() / 127.5 - 1 + 0.01
+    assert metrics.nearest(queries, data.images, chunk=100).tolist() == [5, 700, 3]
+
+
+def test_the_feature_classifier_is_good_cached_and_deterministic(tmp_path):
+    data = digits()
+    first, accuracy = metrics.train_classifier(data, 300, tmp_path / "f.safetensors")
+    assert accuracy > 0.97
+    torch.manual_seed(123)
+    again, _ = metrics.train_classifier(data, 300, tmp_path / "g.safetensors")
+    changed = (tmp_path / "f.safetensors").stat().st_mtime_ns
+    cached, _ = metrics.train_classifier(data, 300, tmp_path / "f.safetensors")
+    assert (tmp_path / "f.safetensors").stat().st_mtime_ns == changed
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(first.features(x), cached.features(x)) and torch.equal(first.features(x), again.features(x))
+    with pytest.raises(mcm.InputError, match="delete it or use another"):
+        metrics.train_classifier(data, 200, tmp_path / "f.safetensors")
+
+
+def test_frechet_sees_what_it_should(tmp_path):
+    """Real held-out digits are closer than noisy ones, those closer than noise."""
+    data = digits()
+    classifier, _ = metrics.train_classifier(data, 300, tmp_path / "f.safetensors")
+    real = metrics.embed(classifier, data.images)[0]
+    held = data.held_images.float() / 127.5 - 1
+    distances = [metrics.frechet(real, metrics.embed(classifier, held + s * torch.randn_like(held))[0]) for s in (0, 0.3, 0.6, 2)]
+    assert distances == sorted(distances) and distances[1] > 1.2 * distances[0]
