@@ -31,11 +31,11 @@ from mcm.training import Training, train
 BASE = dict(
     image_size=32, channels=64, multipliers=[1, 2, 2], blocks=2, attention=[16], dropout=0.0, label_dropout=0.1,
     teacher_iterations=100_000, student_iterations=[50_000], batch=128, lr=2e-4, student_lr=1e-4, ema=0.9999, student_ema=0.999,
-    grid=[64, 640], distance="huber", c=1e-4, x_var="auto", samples=10_000, classifier_iterations=5000,
+    grid=[64, 640], max_points=1280, distance="auto", c=1e-4, x_var="auto", samples=10_000, classifier_iterations=5000,
 )  # fmt: skip
 DIGITS = dict(
-    image_size=8, channels=64, multipliers=[1, 1], blocks=1, attention=[4], teacher_iterations=1300, student_iterations=[500],
-    lr=1e-3, student_lr=1e-3, ema=0.995, student_ema=0.995, grid=[8, 32], c=1e-3, samples=1500, classifier_iterations=300,
+    image_size=8, channels=64, multipliers=[1, 1], blocks=1, attention=[4], teacher_iterations=1300, student_iterations=[350],
+    lr=1e-3, student_lr=1e-3, ema=0.995, student_ema=0.995, grid=[4, 32], max_points=16, c=1e-3, x_var="none", samples=1500, classifier_iterations=300,
 )  # fmt: skip
 PRESETS = {
     "digits": {
@@ -108,13 +108,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--dropout", type=float, help="dropout in the residual blocks, in [0, 1)")
     group.add_argument("--label-dropout", type=float, help="how often the teacher trains without the class, in [0, 1]; guidance needs it")
     group.add_argument("--teacher-iterations", type=int, metavar="STEPS", help="teacher training steps")
-    group.add_argument("--student-iterations", type=int, nargs="+", metavar="STEPS", help="student training steps: one number, or one for each of --steps")
+    group.add_argument("--student-iterations", type=int, nargs="+", metavar="STEPS", help="student training steps: one for each of --steps, or one number n: n (1 + 1/K) for a K-step student, as fewer steps take longer to learn")
     group.add_argument("--batch", type=int, help="images per training step")
     group.add_argument("--lr", type=float, help="peak learning rate of the teacher")
     group.add_argument("--student-lr", type=float, help="peak learning rate of the students")
     group.add_argument("--ema", type=float, help="decay of the teacher's averaged weights, per step")
     group.add_argument("--student-ema", type=float, help="decay of the students' averaged weights, per step")
     group.add_argument("--grid", type=int, nargs=2, metavar=("FIRST", "LAST"), help="teacher steps N at the start and from the middle of a student's run on (paper: 64 1280)")
+    group.add_argument("--max-points", type=int, metavar="N", help="at most this many grid points per segment: a short run cannot carry the answer through more")
     group.add_argument("--distance", choices=["auto", "huber", "squared"], help="auto: squared for K = 1, the paper's pseudo-Huber for more steps")
     group.add_argument("--c", type=float, help="the pseudo-Huber constant, in units of v")
     group.add_argument("--x-var", choices=["auto", "mse", "prior", "none"], help="variance for aDDIM in the teacher's step; none: DDIM; auto: none for K <= 2, else mse")
@@ -138,7 +139,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.out_given, args.out = args.out, args.out or Path("runs") / args.data
     args.features = args.features or args.out.parent / f"features-{args.data}.safetensors"
     if len(args.student_iterations) == 1:
-        args.student_iterations *= len(args.steps)
+        args.student_iterations = [round(args.student_iterations[0] * (1 + 1 / max(K, 1))) for K in args.steps]
     args.preset_values = {name: getattr(args, name) for name in preset}
     return args
 
@@ -153,12 +154,14 @@ def check(args: argparse.Namespace) -> None:
     for name in positive:
         if getattr(args, name) <= 0:
             raise mcm.InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    if min(args.student_iterations) <= 0 or min(args.grid) <= 0:
-        raise mcm.InputError("--student-iterations and --grid must be positive")
+    if min(args.student_iterations) <= 0 or min(args.grid) <= 0 or args.max_points < 2:
+        raise mcm.InputError("--student-iterations and --grid must be positive, --max-points at least 2")
     if args.samples < 2 * metrics.Classifier.DIM:
         raise mcm.InputError(f"--samples {args.samples} is too few for a covariance of {metrics.Classifier.DIM} features: use at least {2 * metrics.Classifier.DIM}")
     for K in args.steps:
         stage(args, K)
+    with torch.device("meta"):  # sizes that do not fit are an error here, before any data is read
+        mcm.UNet(args.image_size, 3, args.channels, tuple(args.multipliers), args.blocks, tuple(args.attention), 0, args.dropout)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -173,7 +176,8 @@ def stage(args: argparse.Namespace, K: int) -> recipes.Stage:
     """The student's training stage; the pieces of it that depend on K."""
     distance = args.distance if args.distance != "auto" else ("squared" if K == 1 else "huber")
     changes = {} if args.x_var == "auto" else {"x_var": None if args.x_var == "none" else args.x_var}
-    return recipes.mcm(K, teacher_steps=tuple(args.grid), distance=distance, c=args.c, **changes)
+    first, last = (min(n, K * args.max_points) for n in (max(args.grid[0], 2 * K), args.grid[1]))
+    return recipes.mcm(K, teacher_steps=(min(first, last), last), distance=distance, c=args.c, **changes)
 
 
 def training(args: argparse.Namespace, iterations: int, lr: float, ema: float) -> Training:
@@ -188,18 +192,22 @@ def finished(path: Path, iterations: int) -> bool:
     return path.is_file() and mcm.load(path).metadata.get("step") == iterations
 
 
-def get_teacher(args: argparse.Namespace, data: ImageData, device: torch.device) -> mcm.Denoiser:
-    """The diffusion model: given, finished earlier, or trained now on the v-loss."""
-    path = args.teacher or args.out / "teacher.safetensors"
-    if args.teacher or (args.resume and finished(path, args.teacher_iterations)):
-        teacher = mcm.load(path, device)
-        wanted = (args.image_size, data.image_shape[0], data.classes)
-        found = tuple(teacher.network.arguments[k] for k in ("image_size", "in_channels", "classes"))
-        if found != wanted:
-            raise mcm.InputError(f"{path} is for (image size, channels, classes) = {found}, but {args.data} needs {wanted}")
-        if teacher.student_steps:
-            raise mcm.InputError(f"{path} is a {teacher.student_steps}-step student; a teacher is a diffusion model")
-        return teacher
+def load_teacher(path: Path, args: argparse.Namespace, data: ImageData, device: torch.device) -> mcm.Denoiser:
+    """A finished teacher, if it fits the data."""
+    teacher = mcm.load(path, device)
+    wanted = (args.image_size, data.image_shape[0], data.classes)
+    found = tuple(teacher.network.arguments[k] for k in ("image_size", "in_channels", "classes"))
+    if found != wanted:
+        raise mcm.InputError(f"{path} is for (image size, channels, classes) = {found}, but {args.data} needs {wanted}")
+    if teacher.student_steps:
+        raise mcm.InputError(f"{path} is a {teacher.student_steps}-step student; a teacher is a diffusion model")
+    return teacher
+
+
+def train_teacher(args: argparse.Namespace, data: ImageData, device: torch.device) -> mcm.Denoiser:
+    """The diffusion model, finished earlier or trained now on the v-loss."""
+    if args.resume and finished(args.out / "teacher.safetensors", args.teacher_iterations):
+        return load_teacher(args.out / "teacher.safetensors", args, data, device)
     torch.manual_seed(args.seed)
     network = mcm.UNet(args.image_size, data.image_shape[0], args.channels, tuple(args.multipliers), args.blocks, tuple(args.attention), data.classes, args.dropout)  # fmt: skip
     teacher = mcm.Denoiser(network, mcm.CosineSchedule()).to(device)
@@ -212,7 +220,7 @@ def get_teacher(args: argparse.Namespace, data: ImageData, device: torch.device)
     return train(teacher, loss, data, settings, args.out, "teacher", args.resume, trained_on=args.data)
 
 
-def get_student(args: argparse.Namespace, K: int, iterations: int, teacher: mcm.Denoiser, data: ImageData) -> mcm.Denoiser:
+def train_student(args: argparse.Namespace, K: int, iterations: int, teacher: mcm.Denoiser, data: ImageData) -> mcm.Denoiser:
     """A K-step student: finished earlier, or trained now from the teacher's weights, with the one consistency loss."""
     name, device = f"{args.method}-{K}", data.images.device
     path = args.out / f"{name}.safetensors"
@@ -368,13 +376,14 @@ def main(argv: list[str]) -> None:
     print(f"{args.data}, preset {args.preset}: {args.cost}")
     print("  " + ", ".join(f"{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in args.preset_values.items()))
     data = load_data(args.data, args.data_dir, args.image_size).to(device)
+    given = load_teacher(args.teacher, args, data, device) if args.teacher else None
     open_out(args)
     classifier, accuracy = metrics.train_classifier(data, args.classifier_iterations, args.features)
     print(f"{len(data.images):,} training images, {len(data.held_images):,} held out; the feature classifier is right on {accuracy:.1%} of those")
 
-    teacher = get_teacher(args, data, device)
+    teacher = given or train_teacher(args, data, device)
     print(f"the network has {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f} M parameters")
-    students = {K: get_student(args, K, n, teacher, data) for K, n in zip(args.steps, args.student_iterations)}
+    students = {K: train_student(args, K, n, teacher, data) for K, n in zip(args.steps, args.student_iterations)}
 
     evaluation = time.perf_counter()
     rows = evaluate(args, data, teacher, students, classifier, device)
@@ -412,10 +421,18 @@ def describe(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
 
 
-if __name__ == "__main__":
+def run(argv: list[str]) -> int:
+    """-> the exit code: 2 for input that cannot work, with one paragraph that says why."""
     try:
-        main(sys.argv[1:])
+        main(argv)
     except mcm.InputError as error:
-        sys.exit(print(f"run_cifar.py: error: {error}", file=sys.stderr) or 2)
+        print(f"run_cifar.py: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        sys.exit(print("\nstopped; go on with --resume", file=sys.stderr) or 130)
+        print("\nstopped; go on with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

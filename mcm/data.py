@@ -107,9 +107,12 @@ def cifar10(data_dir: Path) -> ImageData:
     places = (data_dir, data_dir / "cifar-10-batches-py", data_dir / "cifar-10-batches-bin")
     found = [(p, end) for p in places for end in ("", ".bin") if (p / f"data_batch_1{end}").is_file()]
     if not found:
+        existed = data_dir.exists()
         try:
             CIFAR10(str(data_dir), download=True)
         except Exception as error:  # torchvision raises whatever the network stack does
+            if not existed and data_dir.is_dir() and not any(data_dir.iterdir()):
+                data_dir.rmdir()
             raise InputError(
                 f"no CIFAR-10 under {data_dir}, and downloading it failed ({error}). Put the python version (folder cifar-10-batches-py) "
                 "or the binary version (folder cifar-10-batches-bin) there, or point --data-dir at them."

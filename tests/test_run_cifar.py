@@ -1,0 +1,220 @@
+"""The script from end to end, as a user starts it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import mcm
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = "--data digits --channels 16 --teacher-iterations 6 --student-iterations 4 --samples 128 --classifier-iterations 20 --batch 32 --save-every 3"
+
+
+sys.path.insert(0, str(ROOT))
+import run_cifar  # noqa: E402
+
+
+def run(*arguments):
+    """As a user would: a process of its own. -> what it printed."""
+    environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning", "TQDM_DISABLE": "1"}
+    done = subprocess.run([sys.executable, str(ROOT / "run_cifar.py"), *map(str, arguments)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def refused(capsys):
+    """Exit code 2 and one paragraph that says what was wrong. In this process, to be quick; any other exception is a failure."""
+
+    def check(*arguments, says):
+        assert run_cifar.run([str(a) for a in arguments]) == 2
+        error = capsys.readouterr().err
+        assert says in error and "Traceback" not in error, error
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A run of seconds, whose models know nothing: for everything but quality."""
+    out = tmp_path_factory.mktemp("quick") / "run"
+    run(*QUICK.split(), "--steps", 1, 2, "--out", out)
+    return out
+
+
+def test_digits_students_beat_their_teacher_by_far(tmp_path):
+    """About a minute: a small teacher, 1- and 2-step students; each needs less than half the teacher's distance at equal steps."""
+    out = tmp_path / "digits"
+    budget = "--channels 32 --teacher-iterations 900 --student-iterations 500 --samples 1000"
+    run("--data", "digits", "--out", out, "--steps", 1, 2, *budget.split())
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    teacher = {r["steps"]: r for r in rows if r["model"] == "teacher" and r["sampler"] == "ddim"}
+    students = {r["steps"]: r for r in rows if r["model"] == "student"}
+    for K in (1, 2):
+        assert students[K]["frechet"] < 0.5 * teacher[K]["frechet"]
+        assert students[K]["rmse_to_teacher"] < 0.6 * teacher[K]["rmse_to_teacher"]  # the same noise gives the same image
+        assert students[K]["recall"] > teacher[K]["recall"] + 0.3
+        assert students[K]["class_accuracy"] > 0.9
+
+
+def test_what_out_receives(quick):
+    names = {p.name for p in quick.iterdir()}
+    pictures = {"samples.png", "quality_vs_steps.png", "training.png"}
+    checkpoints = {f"{m}{end}.safetensors" for m in ("teacher", "cd-1", "cd-2") for end in ("", ".state")}
+    assert names == {"results.json", "results.md", "log.jsonl", "run.json", "rows.json"} | pictures | checkpoints
+    for name in pictures:
+        assert np.array(Image.open(quick / name)).std() > 10
+    assert mcm.load(quick / "cd-2.safetensors").student_steps == 2 and mcm.load(quick / "teacher.safetensors").student_steps is None
+
+
+def test_results_json_has_the_promised_shape(quick):
+    results = json.loads((quick / "results.json").read_text())
+    assert results["data"] == "digits" and results["seed"] == 0 and "cpu" in results["device"]
+    assert results["command"].startswith("python run_cifar.py --data digits") and str(quick.parent) not in json.dumps(results)
+    metric = {k: results["metric"][k] for k in ("name", "dim", "n_generated", "n_reference", "reference")}
+    assert metric == {"name": "frechet", "dim": 64, "n_generated": 128, "n_reference": 1500, "reference": "train"}
+    assert results["reference_floor"]["n"] == 750 and results["reference_floor"]["frechet"] > 0
+    columns = {"model", "sampler", "steps", "nfe", "frechet", "precision", "recall", "rmse_to_teacher", "class_accuracy", "seconds_per_image"}
+    assert [(r["model"], r["sampler"], r["steps"]) for r in results["rows"]] == (
+        [("teacher", "ddim", k) for k in (1, 2, 4, 8, 16, 32, 64)] + [("teacher", "addim", k) for k in (2, 4, 8, 16)] + [("student", "ddim", k) for k in (1, 2)]
+    )
+    for row in results["rows"]:
+        assert set(row) == columns | ({"recipe"} if row["model"] == "student" else set()) and row["nfe"] == row["steps"]
+    assert results["rows"][6]["rmse_to_teacher"] == 0 and results["rows"][-1]["recipe"] == "mcm-cd"
+    assert set(results["seconds"]) == {"teacher", "students", "evaluation", "total"} and set(results["seconds"]["students"]) == {"1", "2"}
+
+
+def test_resume_repeats_nothing_and_adds_what_is_new(quick, tmp_path):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(quick, out)
+    shutil.copy(quick.parent / "features-digits.safetensors", tmp_path)
+    before = {p.name: p.stat().st_mtime_ns for p in out.glob("*.safetensors")}
+    log = (out / "log.jsonl").read_text()
+    run(*QUICK.split(), "--steps", 1, 2, 4, "--out", out, "--resume")
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+    added = (out / "log.jsonl").read_text().removeprefix(log)
+    assert added and all(json.loads(line)["model"] == "cd-4" for line in added.splitlines())
+    old, new = (json.loads((d / "results.json").read_text())["rows"] for d in (quick, out))
+    assert new[:-1] == old and new[-1]["steps"] == 4
+    run(*QUICK.split(), "--method", "ct", "--steps", 2, "--out", out, "--resume")
+    assert [r.get("recipe") for r in json.loads((out / "results.json").read_text())["rows"]][-4:] == ["mcm-cd"] * 3 + ["mcm-ct"]
+
+
+def test_a_killed_run_ends_like_an_undisturbed_one(quick, tmp_path):
+    """Stopped by a NaN-free crash between two checkpoints: here, by removing everything that a kill would have left unfinished."""
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(quick, out)
+    shutil.copy(quick.parent / "features-digits.safetensors", tmp_path)
+    for name in ("cd-2.safetensors", "cd-2.state.safetensors", "results.json", "rows.json"):
+        (out / name).unlink()
+    run(*QUICK.split(), "--steps", 1, 2, "--out", out, "--resume")
+    assert (out / "cd-2.safetensors").read_bytes()[-4000:] == (quick / "cd-2.safetensors").read_bytes()[-4000:]
+    old, new = (json.loads((d / "results.json").read_text())["rows"] for d in (quick, out))
+    for a, b in zip(old, new):
+        assert {k: v for k, v in a.items() if k != "seconds_per_image"} == {k: v for k, v in b.items() if k != "seconds_per_image"}
+
+
+def test_sample_draws_a_grid_in_the_steps_the_checkpoint_knows(quick, tmp_path):
+    assert "9 images, 2 steps" in run("--sample", quick / "cd-2.safetensors", "--n", 9, "--out", tmp_path)
+    assert Image.open(tmp_path / "cd-2-2-steps.png").size == (3 * 130 + 2, 3 * 130 + 2)
+    assert "64 steps" in run("--sample", quick / "teacher.safetensors", "--n", 4, "--out", tmp_path)
+
+
+def test_a_given_teacher_and_guidance(quick, tmp_path):
+    out = tmp_path / "guided"
+    run(*QUICK.split(), "--teacher", quick / "teacher.safetensors", "--guidance", 2, "--steps", 4, "--x-var", "mse", "--out", out)
+    results = json.loads((out / "results.json").read_text())
+    assert not (out / "teacher.safetensors").exists() and {r["nfe"] // r["steps"] for r in results["rows"] if r["model"] == "teacher"} == {2}
+    assert results["rows"][-1]["nfe"] == 4
+    assert "quick" not in results["command"] and "teacher.safetensors" in results["command"]
+
+
+def test_a_folder_of_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(150):
+        place = tmp_path / "pictures" / f"class{i % 2}" / f"{i}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(place)
+    arguments = QUICK.replace("digits", "folder").split()
+    run(*arguments, "--preset", "small", "--data-dir", tmp_path / "pictures", "--image-size", 16, "--steps", 2, "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["metric"]["n_reference"] == 135
+    assert mcm.load(tmp_path / "run" / "cd-2.safetensors").network.arguments["classes"] == 2
+
+
+def test_help_reads_like_documentation():
+    text = run("--help")
+    for word in ("--data", "--method", "--resume", "default: cifar10", "--data digits --preset long", "student_iterations", "minutes on 2 CPU cores"):
+        assert word in text
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("--data mnist", "unknown data set 'mnist': choose digits, cifar10, imagenet64, folder"),
+        ("--data digits --preset huge", "no preset 'huge' for digits: choose default, long, tiny"),
+        ("--data cifar10 --data-dir nowhere-at-all", "no CIFAR-10 under nowhere-at-all"),
+        ("--data folder --data-dir nowhere-at-all", "nowhere-at-all is not a folder"),
+        ("--data imagenet64 --data-dir nowhere-at-all", "no train_data_batch_*.npz in nowhere-at-all"),
+        ("--data digits --multipliers 1 1 1 1 1", "image size 8 is not divisible by 16"),
+        ("--data digits --steps 0", "at least 1, not 0"),
+        ("--data digits --steps 200", "200 student steps do not fit on a grid of"),
+        ("--data digits --steps 4 4", "names a student twice"),
+        ("--data digits --student-iterations 5 6", "2 numbers for 4 students"),
+        ("--data digits --batch 0", "--batch must be positive"),
+        ("--data digits --samples 10", "too few"),
+        ("--data digits --teacher missing.safetensors", "missing.safetensors: no such checkpoint"),
+        ("--sample missing.safetensors", "missing.safetensors: no such checkpoint"),
+    ],
+)
+def test_bad_arguments(arguments, says, tmp_path, refused):
+    refused(*arguments.split(), "--out", tmp_path / "run", says=says)
+
+
+def test_the_exit_code_reaches_the_shell():
+    done = subprocess.run([sys.executable, str(ROOT / "run_cifar.py"), "--data", "mnist"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("run_cifar.py: error: unknown data set 'mnist'")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_that_is_not_there(refused):
+    refused(*QUICK.split(), "--device", "cuda", says="use --device cpu")
+
+
+def test_bad_teachers(quick, tmp_path, refused):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes((quick / "teacher.safetensors").read_bytes()[:3000])
+    refused(*QUICK.split(), "--teacher", bad, "--out", tmp_path / "a", says="truncated")
+    torch.save({"w": torch.zeros(1)}, tmp_path / "pickle.pt")
+    refused(*QUICK.split(), "--teacher", tmp_path / "pickle.pt", "--out", tmp_path / "a2", says="pickles")
+    save_file({"w": torch.zeros(1)}, bad)
+    refused(*QUICK.split(), "--teacher", bad, "--out", tmp_path / "b", says="not a checkpoint written by mcm.save")
+    refused(*QUICK.split(), "--teacher", quick / "cd-1.safetensors", "--out", tmp_path / "c", says="1-step student")
+    mcm.save(bad, mcm.Denoiser(mcm.UNet(16, 3, 16, (1, 1)), mcm.CosineSchedule()))
+    refused(*QUICK.split(), "--teacher", bad, "--out", tmp_path / "d", says="(16, 3, 0), but digits needs (8, 1, 10)")
+
+
+def test_out_that_cannot_be_used(quick, tmp_path, refused):
+    refused(*QUICK.split(), "--out", quick, says="holds another run's results: go on with it by --resume")
+    refused(*QUICK.split(), "--out", quick, "--resume", "--seed", 3, says="choose another --out")
+    (tmp_path / "file").write_text("")
+    refused(*QUICK.split(), "--out", tmp_path / "file" / "run", says="cannot be written to")
+
+
+def test_a_diverging_run_says_so_and_keeps_its_checkpoint(tmp_path, refused):
+    arguments = QUICK.replace("--teacher-iterations 6", "--teacher-iterations 60").split()
+    refused(*arguments, "--lr", "1e30", "--out", tmp_path / "run", says="no longer finite at step")
