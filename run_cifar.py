@@ -31,7 +31,7 @@ from mcm.training import Training, train
 BASE = dict(
     image_size=32, channels=64, multipliers=[1, 2, 2], blocks=2, attention=[16], dropout=0.0, label_dropout=0.1,
     teacher_iterations=100_000, student_iterations=[50_000], batch=128, lr=2e-4, student_lr=1e-4, ema=0.9999, student_ema=0.999,
-    grid=[64, 640], max_points=1280, distance="auto", c=1e-4, x_var="auto", samples=10_000, classifier_iterations=5000,
+    grid=[64, 640], max_points=1280, distance="auto", weight="v", c=1e-4, x_var="auto", samples=10_000, classifier_iterations=5000,
 )  # fmt: skip
 DIGITS = dict(
     image_size=8, channels=48, multipliers=[1, 1], blocks=1, attention=[4], teacher_iterations=1600, student_iterations=[450],
@@ -117,6 +117,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--grid", type=int, nargs=2, metavar=("FIRST", "LAST"), help="teacher steps N at the start and from the middle of a student's run on (paper: 64 1280)")
     group.add_argument("--max-points", type=int, metavar="N", help="at most this many grid points per segment: a short run cannot carry the answer through more")
     group.add_argument("--distance", choices=["auto", "huber", "squared"], help="auto: squared for K = 1, the paper's pseudo-Huber for more steps")
+    group.add_argument("--weight", choices=["v", "x", "q"], help="compare as velocities (paper), clean images, or points at the segment's start")
     group.add_argument("--c", type=float, help="the pseudo-Huber constant, in units of v")
     group.add_argument("--x-var", choices=["auto", "mse", "prior", "none"], help="variance for aDDIM in the teacher's step; none: DDIM; auto: none for K <= 2, else mse")
     group.add_argument("--samples", type=int, help="generated images per row of the table, classes in turn")
@@ -165,11 +166,11 @@ def check(args: argparse.Namespace) -> None:
 
 
 def pick_device(name: str | None) -> torch.device:
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(device.type, False):
-        raise mcm.InputError(f"--device {name} was asked for, but this machine or this build of PyTorch has none: use --device cpu")
-    return device
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    available = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    if name not in available:
+        raise mcm.InputError(f"--device {name} was asked for, but this machine with this build of PyTorch has only {', '.join(available)}: use --device cpu")
+    return torch.device(name)
 
 
 def stage(args: argparse.Namespace, K: int) -> recipes.Stage:
@@ -177,7 +178,7 @@ def stage(args: argparse.Namespace, K: int) -> recipes.Stage:
     distance = args.distance if args.distance != "auto" else ("squared" if K == 1 else "huber")
     changes = {} if args.x_var == "auto" else {"x_var": None if args.x_var == "none" else args.x_var}
     first, last = (min(n, K * args.max_points) for n in (max(args.grid[0], 4 * K), args.grid[1]))
-    return recipes.mcm(K, teacher_steps=(min(first, last), last), distance=distance, c=args.c, **changes)
+    return recipes.mcm(K, teacher_steps=(min(first, last), last), distance=distance, weight=args.weight, c=args.c, **changes)
 
 
 def training(args: argparse.Namespace, iterations: int, lr: float, ema: float) -> Training:
@@ -335,7 +336,9 @@ def write(path: Path, text: str) -> None:
 
 def open_out(args: argparse.Namespace) -> None:
     """Make --out, or refuse it. run.json marks it as ours and says what it was for."""
-    marker, mine = args.out / "run.json", {"data": args.data, "seed": args.seed, "image_size": args.image_size}
+    free = ("student_iterations", "samples", "classifier_iterations")  # these are checked where they matter
+    settings = {k: v for k, v in args.preset_values.items() if k not in free}
+    marker, mine = args.out / "run.json", {"data": args.data, "seed": args.seed, "guidance": args.guidance, **settings}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / ".writable").touch()
@@ -346,8 +349,10 @@ def open_out(args: argparse.Namespace) -> None:
         raise mcm.InputError(f"{args.out} holds another run's results: go on with it by --resume, or choose another --out")
     if marker.exists():
         theirs = json.loads(marker.read_text())
-        if theirs != mine:
-            raise mcm.InputError(f"{args.out} holds a run with {theirs}, but now it is {mine}: choose another --out")
+        differ = [k for k in mine if theirs.get(k) != mine[k]]
+        if differ:
+            old, new = (", ".join(f"{k} {a.get(k)}" for k in differ) for a in (theirs, mine))
+            raise mcm.InputError(f"{args.out} holds a run with {old}, but now it is {new}: give the old values, or choose another --out")
     write(marker, json.dumps(mine))
 
 

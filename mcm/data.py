@@ -68,6 +68,8 @@ def load_data(name: str, data_dir: str | Path, image_size: int | None = None) ->
 
 def hold_out(name: str, images: Tensor, labels: Tensor, classes: int, n: int | None = None) -> ImageData:
     """Set n random images aside (default: a tenth, at most 1,000), the same ones in every run whatever its seed."""
+    if len(images) < 20:
+        raise InputError(f"{len(images)} images are too few to train on: at least 20 are needed, and thousands to learn from")
     n = min(1000, len(images) // 10) if n is None else n
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held, kept = order[:n].sort().values, order[n:].sort().values

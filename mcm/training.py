@@ -96,6 +96,8 @@ def train(
     state_file, model_file, first, elapsed = out / f"{name}.state.safetensors", out / f"{name}.safetensors", 0, 0.0
     if resume and state_file.is_file():
         first, elapsed = load_state(state_file, denoiser, averaged, optimizer, settings)
+        averaged.metadata = metadata | {"step": first, "seconds": round(elapsed, 1)}
+        save(model_file, averaged, **averaged.metadata)  # a kill may have come between the two files
     K = denoiser.student_steps or 1
     steps = tqdm(range(first, settings.iterations), name, initial=first, total=settings.iterations, unit="it")
     pending, started = [], time.perf_counter()

@@ -170,14 +170,14 @@ def test_folder_with_classes(tmp_path):
 def test_folder_modes_and_corrupt_images(tmp_path, capsys):
     picture(tmp_path / "a.png", (8, 8), (255, 255, 255, 0), "RGBA")
     picture(tmp_path / "b.png", (8, 8), 100, "L")
-    for i in range(8):
+    for i in range(28):
         picture(tmp_path / f"c{i}.png", (8, 8))
     (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     (tmp_path / "notes.txt").write_text("not an image")
     data = load_data("folder", tmp_path, 8)
     out = capsys.readouterr()
-    assert "broken.png" in out.out + out.err and "1 of 11 images could not be read" in out.out
-    assert len(data.images) + len(data.held_images) == 10 and data.classes == 1
+    assert "broken.png" in out.out + out.err and "1 of 31 images could not be read" in out.out
+    assert len(data.images) + len(data.held_images) == 30 and data.classes == 1
     pixels = torch.cat([data.images, data.held_images])[:, :, 0, 0].tolist()
     assert [0, 0, 0] in pixels and [100, 100, 100] in pixels  # transparent becomes black
 
@@ -189,6 +189,9 @@ def test_folders_that_cannot_be_used(tmp_path):
         load_data("folder", tmp_path, 8)
     (tmp_path / "x.png").write_bytes(b"no image")
     with pytest.raises(mcm.InputError, match="none of the 1 images"):
+        load_data("folder", tmp_path, 8)
+    picture(tmp_path / "y.png")
+    with pytest.raises(mcm.InputError, match="1 images are too few"):
         load_data("folder", tmp_path, 8)
     with pytest.raises(mcm.InputError, match="unknown data set 'mnist'"):
         load_data("mnist", tmp_path)

@@ -53,7 +53,7 @@ def quick(tmp_path_factory):
 def test_digits_students_beat_their_teacher_by_far(tmp_path):
     """About a minute: a small teacher, 1- and 2-step students; each needs less than half the teacher's distance at equal steps."""
     out = tmp_path / "digits"
-    budget = "--channels 32 --teacher-iterations 900 --student-iterations 500 --samples 1000"
+    budget = "--channels 32 --teacher-iterations 900 --student-iterations 300 --samples 1000"
     run("--data", "digits", "--out", out, "--steps", 1, 2, *budget.split())
     rows = json.loads((out / "results.json").read_text())["rows"]
     teacher = {r["steps"]: r for r in rows if r["model"] == "teacher" and r["sampler"] == "ddim"}
@@ -192,7 +192,7 @@ def test_the_exit_code_reaches_the_shell():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_that_is_not_there(refused):
-    refused(*QUICK.split(), "--device", "cuda", says="use --device cpu")
+    refused(*QUICK.split(), "--device", "cuda", says="--device cuda was asked for, but this machine with this build of PyTorch has only cpu")
 
 
 def test_bad_teachers(quick, tmp_path, refused):
@@ -210,7 +210,8 @@ def test_bad_teachers(quick, tmp_path, refused):
 
 def test_out_that_cannot_be_used(quick, tmp_path, refused):
     refused(*QUICK.split(), "--out", quick, says="holds another run's results: go on with it by --resume")
-    refused(*QUICK.split(), "--out", quick, "--resume", "--seed", 3, says="choose another --out")
+    refused(*QUICK.split(), "--out", quick, "--resume", "--seed", 3, says="holds a run with seed 0, but now it is seed 3")
+    refused(*QUICK.split(), "--out", quick, "--resume", "--c", 0.5, says="holds a run with c 0.001, but now it is c 0.5")
     (tmp_path / "file").write_text("")
     refused(*QUICK.split(), "--out", tmp_path / "file" / "run", says="cannot be written to")
 
