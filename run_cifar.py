@@ -34,7 +34,7 @@ BASE = dict(
     grid=[64, 640], max_points=1280, distance="auto", weight="v", c=1e-4, x_var="auto", samples=10_000, classifier_iterations=5000,
 )  # fmt: skip
 DIGITS = dict(
-    image_size=8, channels=48, multipliers=[1, 1], blocks=1, attention=[4], teacher_iterations=1600, student_iterations=[450],
+    image_size=8, channels=48, multipliers=[1, 1], blocks=1, attention=[4], teacher_iterations=1400, student_iterations=[370],
     lr=1.5e-3, student_lr=1e-3, ema=0.995, student_ema=0.995, grid=[4, 32], max_points=16, c=1e-3, x_var="none", samples=1500, classifier_iterations=300,
 )  # fmt: skip
 PRESETS = {
