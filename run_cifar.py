@@ -8,6 +8,8 @@
 """
 
 import argparse
+import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -20,7 +22,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 import mcm
 from mcm import metrics, plots, recipes
@@ -93,8 +94,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     group = parser.add_argument_group("where and how")
     group.add_argument("--out", type=Path, metavar="DIR", help="results, pictures, checkpoints, log (default: runs/DATA)")
-    group.add_argument("--features", type=Path, metavar="FILE", help="cache of the feature classifier (default: features-DATA.safetensors beside --out)")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
+    group.add_argument("--features", type=Path, metavar="FILE", help="cache of the feature classifier (default: beside --out, named after the data and its training steps)")
+    group.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one, else cpu)")
     group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: networks in bfloat16 autocast, losses in float32 (default: fp32)")
     group.add_argument("--seed", type=int, default=0, help="(default: 0)")
     group.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="training steps between checkpoints (default: 500)")
@@ -114,8 +115,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--student-lr", type=float, help="peak learning rate of the students")
     group.add_argument("--ema", type=float, help="decay of the teacher's averaged weights, per step")
     group.add_argument("--student-ema", type=float, help="decay of the students' averaged weights, per step")
-    group.add_argument("--grid", type=int, nargs=2, metavar=("FIRST", "LAST"), help="teacher steps N at the start and from the middle of a student's run on (paper: 64 1280)")
-    group.add_argument("--max-points", type=int, metavar="N", help="at most this many grid points per segment: a short run cannot carry the answer through more")
+    group.add_argument("--grid", type=int, nargs=2, metavar=("FIRST", "LAST"), help="teacher steps N at the start and from the middle of a student's run on (paper: 64 1280); raised to 4 points per segment at the start")
+    group.add_argument("--max-points", type=int, metavar="N", help="but never more than this many grid points per segment: a short run cannot carry the answer through more")
     group.add_argument("--distance", choices=["auto", "huber", "squared"], help="auto: squared for K = 1, the paper's pseudo-Huber for more steps")
     group.add_argument("--weight", choices=["v", "x", "q"], help="compare as velocities (paper), clean images, or points at the segment's start")
     group.add_argument("--c", type=float, help="the pseudo-Huber constant, in units of v")
@@ -138,7 +139,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
             setattr(args, name, value)
     args.steps_given, args.steps = args.steps, args.steps or [1, 2, 4, 8]
     args.out_given, args.out = args.out, args.out or Path("runs") / args.data
-    args.features = args.features or args.out.parent / f"features-{args.data}.safetensors"
     if len(args.student_iterations) == 1:
         args.student_iterations = [round(args.student_iterations[0] * (1 + 1 / max(K, 1))) for K in args.steps]
     args.preset_values = {name: getattr(args, name) for name in preset}
@@ -151,14 +151,20 @@ def check(args: argparse.Namespace) -> None:
         raise mcm.InputError(f"--student-iterations has {len(args.student_iterations)} numbers for {len(args.steps)} students: give one, or one each")
     if len(set(args.steps)) < len(args.steps):
         raise mcm.InputError(f"--steps {' '.join(map(str, args.steps))} names a student twice")
-    positive = ["teacher_iterations", "batch", "samples", "classifier_iterations", "accumulate", "n", "save_every", "image_size", "blocks", "lr", "student_lr"]
-    for name in positive:
+    for name in ("teacher_iterations", "batch", "samples", "classifier_iterations", "accumulate", "n", "save_every", "image_size", "lr", "student_lr", "c"):
         if getattr(args, name) <= 0:
             raise mcm.InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    if min(args.student_iterations) <= 0 or min(args.grid) <= 0 or args.max_points < 2:
-        raise mcm.InputError("--student-iterations and --grid must be positive, --max-points at least 2")
+    for name, low, below in (("label_dropout", 0, 1), ("ema", 0, 1), ("student_ema", 0, 1), ("seed", 0, 2**31)):
+        if not low <= getattr(args, name) < below:
+            raise mcm.InputError(f"--{name.replace('_', '-')} must be at least {low} and below {below}, not {getattr(args, name)}")
+    if min(args.student_iterations) <= 0:
+        raise mcm.InputError("--student-iterations must be positive")
+    if not 0 < args.grid[0] <= args.grid[1] or args.max_points < 2:
+        raise mcm.InputError(f"--grid {args.grid[0]} {args.grid[1]} must be positive and not falling, and --max-points at least 2")
     if args.samples < 2 * metrics.Classifier.DIM:
         raise mcm.InputError(f"--samples {args.samples} is too few for a covariance of {metrics.Classifier.DIM} features: use at least {2 * metrics.Classifier.DIM}")
+    if args.method == "ct" and args.guidance != 1:
+        raise mcm.InputError("--guidance guides the teacher's predictions, and consistency training uses none: drop it, or use --method cd")
     for K in args.steps:
         stage(args, K)
     with torch.device("meta"):  # sizes that do not fit are an error here, before any data is read
@@ -167,7 +173,7 @@ def check(args: argparse.Namespace) -> None:
 
 def pick_device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    available = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    available = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name not in available:
         raise mcm.InputError(f"--device {name} was asked for, but this machine with this build of PyTorch has only {', '.join(available)}: use --device cpu")
     return torch.device(name)
@@ -218,7 +224,7 @@ def train_teacher(args: argparse.Namespace, data: ImageData, device: torch.devic
         return mcm.diffusion_loss(denoiser, x, torch.where(dropped, data.classes, labels))
 
     settings = training(args, args.teacher_iterations, args.lr, args.ema)
-    return train(teacher, loss, data, settings, args.out, "teacher", args.resume, trained_on=args.data)
+    return train(teacher, loss, data, settings, args.out, "teacher", args.resume, previewer(args, data, "teacher", 16), trained_on=args.data)
 
 
 def train_student(args: argparse.Namespace, K: int, iterations: int, teacher: mcm.Denoiser, data: ImageData) -> mcm.Denoiser:
@@ -236,7 +242,25 @@ def train_student(args: argparse.Namespace, K: int, iterations: int, teacher: mc
         return mcm.consistency_loss(denoiser, x, labels, how, teacher=source, progress=progress)
 
     settings = training(args, iterations, args.student_lr, args.student_ema)
-    return train(student, loss, data, settings, args.out, name, args.resume, trained_on=args.data, method=args.method)
+    preview = previewer(args, data, name, K)
+    return train(student, loss, data, settings, args.out, name, args.resume, preview, trained_on=args.data, method=args.method)
+
+
+def previewer(args: argparse.Namespace, data: ImageData, name: str, steps: int):
+    """-> a function that draws a grid of 50 samples, the same noise each time, while the model is being trained."""
+    (args.out / "previews").mkdir(exist_ok=True)
+    z = torch.randn(50, *data.image_shape, generator=torch.Generator().manual_seed(args.seed)).to(data.images.device)
+    labels = torch.arange(50, device=z.device) % data.classes
+
+    def preview(model: mcm.Denoiser, step: int) -> None:
+        save_grid(mcm.sample(model, z, steps, labels), args.out / "previews" / f"{name}-{step:06d}.png", columns=10)
+
+    return preview
+
+
+def save_grid(images: Tensor, path: Path, columns: int) -> None:
+    scale = max(1, 96 // images.shape[-1])
+    save_image(torch.nn.functional.interpolate((images.clamp(-1, 1) + 1) / 2, scale_factor=scale), path, nrow=columns)
 
 
 def guide(teacher: mcm.Denoiser, args: argparse.Namespace, data: ImageData):
@@ -244,53 +268,63 @@ def guide(teacher: mcm.Denoiser, args: argparse.Namespace, data: ImageData):
     return teacher if args.guidance == 1 else mcm.guided(teacher, args.guidance, null)
 
 
+def digest(path: Path) -> str:
+    """12 hex digits that tell one checkpoint from another."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
 def generate(model, z: Tensor, labels: Tensor, steps: int, solver, device: torch.device, label: str, precision: str) -> tuple[Tensor, float]:
     """-> images (n, C, H, W) in [-1, 1] on the CPU, seconds per image."""
-    images, chunk, started = [], max(1, 2**19 // z[0].numel()), time.perf_counter()
-    with tqdm(total=len(z), desc=label, unit="img", leave=False) as bar:
-        for part, y in zip(z.split(chunk), labels.split(chunk)):
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                images.append(mcm.sample(model, part.to(device), steps, y.to(device), solver).clamp(-1, 1).cpu())
-            bar.update(len(part))
-    return torch.cat(images), (time.perf_counter() - started) / len(z)
+    started = time.perf_counter()
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        images = mcm.sample(model, z.to(device), steps, labels.to(device), solver, chunk=max(1, 2**19 // z[0].numel()), progress=label)
+    return images.clamp(-1, 1).cpu(), (time.perf_counter() - started) / len(z)
 
 
-def evaluate(args, data: ImageData, teacher, students: dict[int, mcm.Denoiser], classifier, device) -> list[dict]:
-    """One row per model and number of steps, all from the same noise and classes. Rows are kept in rows.json as they are made."""
-    n = args.samples
+def evaluate(args, data: ImageData, teacher, students: dict[int, mcm.Denoiser], classifier, device) -> tuple[list[dict], float]:
+    """One row per model and number of steps, all from the same noise and classes -> rows, seconds. They are kept in rows.json as they are
+    made, with what they were made from, so that a resumed run takes over those, and only those, that still hold."""
+    n, started = args.samples, time.perf_counter()
     z = torch.randn(n, *data.image_shape, generator=torch.Generator().manual_seed(args.seed + 1_000_000))
     labels = torch.arange(n) % data.classes  # each class equally often, as class-conditional benchmarks do
     real = metrics.embed(classifier, data.images)[0].cpu()
-    store, per_step, rows = args.out / "rows.json", 1 if args.guidance == 1 else 2, {}
-    same = {"samples": n, "seed": args.seed, "guidance": args.guidance}
-    if args.resume and store.is_file():
-        saved = json.loads(store.read_text())
-        rows = saved["rows"] if saved["of"] == same else {}
+    teacher_file, store = args.teacher or args.out / "teacher.safetensors", args.out / "rows.json"
+    same = {"samples": n, "seed": args.seed, "guidance": args.guidance, "teacher": digest(teacher_file), "features": digest(args.features)}
+    saved = json.loads(store.read_text()) if args.resume and store.is_file() else {}
+    rows, before = (saved["rows"], saved["seconds"]) if saved.get("of") == same else ({}, 0.0)
+    for key in list(rows):
+        path = args.out / f"{rows[key]['of']}.safetensors"
+        if rows[key]["of"] != "teacher" and not (path.is_file() and digest(path) == rows[key]["digest"]):
+            del rows[key]
 
-    plan = [("teacher", None, steps, mcm.ddim) for steps in (64, 32, 16, 8, 4, 2, 1)] + [("teacher", None, steps, mcm.addim) for steps in (16, 8, 4, 2)]
-    plan += [("student", f"mcm-{args.method}", K, mcm.ddim) for K in students]
+    plan = [("teacher", steps, mcm.ddim) for steps in (64, 32, 16, 8, 4, 2, 1)] + [("teacher", steps, mcm.addim) for steps in (16, 8, 4, 2)]
+    plan += [(f"{args.method}-{K}", K, mcm.ddim) for K in students]
     reference = None
-    for model, recipe, steps, solver in plan:
-        key = f"{recipe or model} {solver.__name__} {steps}"
+    for name, steps, solver in plan:
+        key = f"{name} {solver.__name__} {steps}"
         if key in rows:
             continue
-        network = guide(teacher, args, data) if model == "teacher" else students[steps]
         if reference is None:
             reference, seconds = generate(guide(teacher, args, data), z, labels, 64, mcm.ddim, device, "teacher, 64 steps", args.precision)
-        images = reference
-        if (model, steps) != ("teacher", 64):
-            images, seconds = generate(network, z, labels, steps, solver, device, f"{model}, {steps} steps", args.precision)
+        images, is_teacher = reference, name == "teacher"
+        if (name, steps) != ("teacher", 64):
+            model = guide(teacher, args, data) if is_teacher else students[steps]
+            images, seconds = generate(model, z, labels, steps, solver, device, f"{name}, {steps} steps", args.precision)
         features, predicted = metrics.embed(classifier, images.to(device))
         precision, recall = metrics.precision_recall(real, features.cpu())
-        rows[key] = {
-            "model": model, **({"recipe": recipe} if recipe else {}), "sampler": solver.__name__, "steps": steps, "nfe": steps * (per_step if model == "teacher" else 1),
+        row = {
+            "model": "teacher" if is_teacher else "student", **({} if is_teacher else {"recipe": f"mcm-{args.method}"}),
+            "sampler": solver.__name__, "steps": steps, "nfe": steps * (2 if is_teacher and args.guidance != 1 else 1),
             "frechet": metrics.frechet(real, features.cpu()), "precision": precision, "recall": recall,
             "rmse_to_teacher": (images - reference).square().mean().sqrt().item(),
             "class_accuracy": (predicted.cpu() == labels).double().mean().item() if data.classes > 1 else None, "seconds_per_image": seconds,
         }  # fmt: skip
-        write(store, json.dumps({"of": same, "rows": rows}))
-    order = {"teacher ddim": 0, "teacher addim": 1}
-    return [row for _, row in sorted(rows.items(), key=lambda item: (order.get(item[0].rsplit(" ", 1)[0], 2), item[0].split()[0], item[1]["steps"]))]
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        rows[key] = {"of": name, "digest": digest(teacher_file if is_teacher else args.out / f"{name}.safetensors"), "row": row}
+        write(store, json.dumps({"of": same, "rows": rows, "seconds": before + time.perf_counter() - started}))
+    rows = [entry["row"] for entry in rows.values()]
+    rows.sort(key=lambda row: (row["model"] == "student", row.get("recipe", ""), row["sampler"] == "addim", row["steps"]))
+    return rows, json.loads(store.read_text())["seconds"]
 
 
 def draw_samples(args, data: ImageData, teacher, students: dict[int, mcm.Denoiser], device) -> None:
@@ -315,15 +349,13 @@ def table(results: dict) -> str:
         "| model | sampler | steps | NFE | Fréchet | precision | recall | RMSE to teacher | class accuracy | s/image |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    digits = {"frechet": 3, "precision": 3, "recall": 3, "rmse_to_teacher": 3, "class_accuracy": 3, "seconds_per_image": 5}
     for row in results["rows"]:
-        accuracy = "" if row["class_accuracy"] is None else f"{row['class_accuracy']:.3f}"
-        lines.append(
-            f"| {row.get('recipe') or row['model']} | {row['sampler']} | {row['steps']} | {row['nfe']} | {row['frechet']:.3f} | {row['precision']:.3f} | "
-            f"{row['recall']:.3f} | {row['rmse_to_teacher']:.3f} | {accuracy} | {row['seconds_per_image']:.5f} |"
-        )
+        figures = ["" if row[key] is None else f"{row[key]:.{n}f}" for key, n in digits.items()]
+        lines.append(f"| {' | '.join([row.get('recipe') or row['model'], row['sampler'], str(row['steps']), str(row['nfe']), *figures])} |")
     seconds = results["seconds"]
     spent = ", ".join(f"K = {K} {s:.0f}" for K, s in seconds["students"].items())
-    lines += ["", f"Seconds: teacher {seconds['teacher']:.0f}, students {spent}, evaluation {seconds['evaluation']:.0f}, total {seconds['total']:.0f} ({results['device']})."]
+    lines += ["", f"Seconds: teacher {seconds['teacher'] or 0:.0f}, students {spent}, evaluation {seconds['evaluation']:.0f}, total {seconds['total']:.0f} ({results['hardware']})."]
     return "\n".join(lines) + "\n"
 
 
@@ -335,10 +367,11 @@ def write(path: Path, text: str) -> None:
 
 
 def open_out(args: argparse.Namespace) -> None:
-    """Make --out, or refuse it. run.json marks it as ours and says what it was for."""
+    """Make --out, or refuse it. run.json marks it as ours and says what it is for."""
     free = ("student_iterations", "samples", "classifier_iterations")  # these are checked where they matter
     settings = {k: v for k, v in args.preset_values.items() if k not in free}
-    marker, mine = args.out / "run.json", {"data": args.data, "seed": args.seed, "guidance": args.guidance, **settings}
+    given = digest(args.teacher) if args.teacher else None
+    marker, mine = args.out / "run.json", {"data": args.data, "seed": args.seed, "guidance": args.guidance, "teacher": given, **settings}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / ".writable").touch()
@@ -356,6 +389,12 @@ def open_out(args: argparse.Namespace) -> None:
     write(marker, json.dumps(mine))
 
 
+def recorded(argv: list[str]) -> str:
+    """The command, of every path only the last component."""
+    parts = [part.split("=", 1) for part in argv]
+    return "python run_cifar.py " + shlex.join("=".join(Path(p).name if os.sep in p else p for p in part) for part in parts)
+
+
 def draw_only(args: argparse.Namespace) -> None:
     """--sample: a grid of images from any checkpoint."""
     device = pick_device(args.device)
@@ -364,11 +403,11 @@ def draw_only(args: argparse.Namespace) -> None:
     shape = denoiser.network.arguments
     z = torch.randn(args.n, shape["in_channels"], shape["image_size"], shape["image_size"], generator=torch.Generator().manual_seed(args.seed))
     labels = torch.arange(args.n) % max(1, shape["classes"])
-    images, seconds = generate(denoiser, z, labels, steps, mcm.ddim, device, f"{steps} steps", args.precision)
-    scale = max(1, 128 // shape["image_size"])
+    model = denoiser if args.guidance == 1 else mcm.guided(denoiser, args.guidance, torch.tensor(shape["classes"], device=device))
+    images, seconds = generate(model, z, labels, steps, mcm.ddim, device, f"{steps} steps", args.precision)
     path = (args.out_given or args.sample.parent) / f"{args.sample.stem}-{steps}-steps.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(torch.nn.functional.interpolate((images + 1) / 2, scale_factor=scale), path, nrow=math.ceil(math.sqrt(args.n)))
+    save_grid(images, path, columns=math.ceil(math.sqrt(args.n)))
     print(f"{path}: {args.n} images, {steps} steps each, {seconds:.4f} seconds per image")
 
 
@@ -381,6 +420,9 @@ def main(argv: list[str]) -> None:
     print(f"{args.data}, preset {args.preset}: {args.cost}")
     print("  " + ", ".join(f"{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in args.preset_values.items()))
     data = load_data(args.data, args.data_dir, args.image_size).to(device)
+    if data.image_shape[1] != args.image_size:
+        raise mcm.InputError(f"--image-size {args.image_size} is for folders: {args.data} has images of {data.image_shape[1]} pixels")
+    args.features = args.features or args.out.parent / f"features-{args.data}-{data.fingerprint()}-{args.classifier_iterations}.safetensors"
     given = load_teacher(args.teacher, args, data, device) if args.teacher else None
     open_out(args)
     classifier, accuracy = metrics.train_classifier(data, args.classifier_iterations, args.features)
@@ -388,38 +430,39 @@ def main(argv: list[str]) -> None:
 
     teacher = given or train_teacher(args, data, device)
     print(f"the network has {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f} M parameters")
+    stages = {K: stage(args, K) for K in args.steps}
+    for K, how in stages.items():
+        print(f"K = {K}: a grid of {' to '.join(str(how.points_per_segment(p) * K) for p in (0, 1))} points, {how.distance} distance, teacher step {'aDDIM' if how.x_var else 'DDIM'}")
     students = {K: train_student(args, K, n, teacher, data) for K, n in zip(args.steps, args.student_iterations)}
 
-    evaluation = time.perf_counter()
-    rows = evaluate(args, data, teacher, students, classifier, device)
+    rows, evaluation = evaluate(args, data, teacher, students, classifier, device)
     draw_samples(args, data, teacher, students, device)
     real = metrics.embed(classifier, data.images)[0].cpu()
-    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
-    half = len(real) // 2
-    trained = {K: s.metadata["seconds"] for K, s in students.items()}
+    order, half = torch.randperm(len(real), generator=torch.Generator().manual_seed(0)), len(real) // 2
+    trained = {str(K): s.metadata["seconds"] for K, s in students.items()}
+    taught = None if given else teacher.metadata["seconds"]
+    parts = (taught or 0) + sum(trained.values()) + evaluation
     results = {
-        "data": args.data, "seed": args.seed, "device": describe(device),
-        "command": "python run_cifar.py " + shlex.join(Path(a).name if os.sep in a else a for a in argv),
+        "data": args.data, "seed": args.seed, "device": str(device), "hardware": describe(device), "command": recorded(argv),
         "versions": {"mcm": mcm.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "metric": {
-            "name": "frechet", "features": f"a classifier trained on {args.data}", "dim": classifier.DIM, "n_generated": args.samples, "n_reference": len(real), "reference": "train",
-            "classifier_accuracy": accuracy,
+            "name": "frechet", "features": f"a classifier trained on {args.data}", "dim": classifier.DIM, "n_generated": args.samples, "n_reference": len(real),
+            "reference": "train", "classifier_accuracy": accuracy,
         },
         "reference_floor": {"frechet": metrics.frechet(real[order[:half]], real[order[half : 2 * half]]), "n": half},
         "rows": rows,
-        "seconds": {
-            "teacher": teacher.metadata["seconds"], "students": {str(K): s for K, s in trained.items()},
-            "evaluation": round(time.perf_counter() - evaluation, 1), "total": round(time.perf_counter() - started, 1),
-        },
-        "settings": {k: v for k, v in args.preset_values.items()} | {"method": args.method, "steps": args.steps, "guidance": args.guidance, "precision": args.precision},
+        # of a resumed run: the sum of what its parts took, whenever that was
+        "seconds": {"teacher": taught, "students": trained, "evaluation": round(evaluation, 1), "total": round(max(time.perf_counter() - started, parts), 1)},
+        "settings": args.preset_values | {"method": args.method, "guidance": args.guidance, "precision": args.precision},
+        "stages": {str(K): dataclasses.asdict(how) for K, how in stages.items()},
     }  # fmt: skip
-    write(args.out / "results.json", json.dumps(results, indent=1) + "\n")
+    write(args.out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     write(args.out / "results.md", table(results))
     plots.quality_vs_steps(results, args.out / "quality_vs_steps.png")
     if (args.out / "log.jsonl").is_file():
         plots.training_curves(args.out / "log.jsonl", args.out / "training.png")
     print("\n" + table(results))
-    print(f"{args.out}: results.json, results.md, samples.png, quality_vs_steps.png, training.png, checkpoints, log.jsonl")
+    print(f"{args.out}: results.json, results.md, samples.png, quality_vs_steps.png, training.png, previews, checkpoints, log.jsonl")
 
 
 def describe(device: torch.device) -> str:

@@ -25,6 +25,10 @@ def at_zero(x_hat: Tensor, z: Tensor, t: Tensor) -> Tensor:
     return torch.where(expand(t == 0, z).bool(), z.to(x_hat.dtype), x_hat)
 
 
+def at_least_float32(z: Tensor) -> Tensor:
+    return z if z.dtype == torch.float64 else z.float()
+
+
 class Denoiser(nn.Module):
     """A network with its noise schedule and its prediction type, as a denoiser.
 
@@ -45,10 +49,10 @@ class Denoiser(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         # Asking a GPU whether all t are 0 would stall its queue; there the `where` of at_zero alone gives the same value.
+        wide = at_least_float32(z)
         if t.device.type == "cpu" and not t.any():
-            return z
-        wide = z if z.dtype in (torch.float32, torch.float64) else z.float()
-        weights = next(iter(getattr(self.network, "parameters", tuple)()), wide)  # a plain function has none
+            return wide
+        weights = next(iter(self.network.parameters()), wide) if isinstance(self.network, nn.Module) else wide
         output = self.network(wide.to(weights.dtype), self.schedule.network_time(t), cond).to(wide.dtype)
         alpha, sigma = (expand(a, wide) for a in self.schedule(t))
         if self.prediction == "v":
@@ -64,6 +68,7 @@ class Guided(nn.Module):
     def __init__(self, conditional: nn.Module, w: float | Tensor, null_cond: Tensor | None):
         super().__init__()
         self.conditional, self.w, self.null_cond, self.schedule = conditional, w, null_cond, conditional.schedule
+        self.student_steps = getattr(conditional, "student_steps", None)
 
     def forward(self, z: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         null = self.null_cond.expand_as(cond) if isinstance(self.null_cond, Tensor) else self.null_cond
@@ -104,6 +109,7 @@ class GaussianMixture(nn.Module):
         self.register_buffer("weights", weights / weights.sum())
 
     def forward(self, z: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        z = at_least_float32(z)
         alpha, sigma = (a.to(z.dtype)[:, None] for a in self.schedule(t))  # (B, 1)
         flat, means = z.flatten(1), self.means.to(z.dtype)
         prior = self.stds.to(z.dtype) ** 2
@@ -120,7 +126,7 @@ class GaussianMixture(nn.Module):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """(n, *shape) draws from the mixture."""
         m = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype)
+        noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype, device=self.means.device)
         return (self.means[m] + self.stds[m, None] * noise).reshape(n, *self.shape)
 
 
@@ -177,6 +183,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     Raises InputError if the file is missing, truncated, a pickle, not ours, or does not fit the network its header describes.
     """
     tensors, metadata = read_safetensors(path)
+    if "network" not in metadata:
+        raise InputError(f"{path}: a file of ours, but not a model: training state and feature classifiers cannot be sampled")
     try:
         arguments = dict(metadata["schedule"])
         schedule = SCHEDULES[arguments.pop("kind")](**arguments)

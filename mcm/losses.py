@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .errors import InputError
 from .recipes import Stage
-from .sampling import fine
-from .schedule import Schedule
+from .schedule import DiscreteSchedule, Schedule
 from .solvers import addim, ddim, expand, inverse_ddim, mean_over_dims
 
 
@@ -32,7 +32,7 @@ class LossOutput(NamedTuple):
 def stratified_times(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """(n,) times, each uniform on (0, 1], one in each of n equal strata: a batch covers all noise levels evenly, so its loss varies
     less than with independent draws (the low-discrepancy sampler of variational diffusion models, arXiv 2107.00630)."""
-    u = torch.rand(n, device=device, generator=generator, dtype=fine(device))
+    u = torch.rand(n, device=device, generator=generator, dtype=torch.float64)
     return 1 - (torch.arange(n, device=device) + u) / n
 
 
@@ -84,7 +84,7 @@ def consistency_loss(
     nearest grid point; noise: like x; both are drawn when not given. If the student has dropout, both its calls share one mask.
 
     The target. Let lambda = sigma / alpha, and let x_step be the x_hat for which plain DDIM makes the teacher's step z_t -> z_s
-    (x_step = inverse_ddim(z_s, z_t)). Asking that DDIM t->q of the student's x_hat land where DDIM s->q of x_hat(z_s, s) does,
+    (x_step = inverse_ddim(z_s, z_t); the teacher's x_hat itself when its step is DDIM). Asking that DDIM t->q of the student's x_hat land where DDIM s->q of x_hat(z_s, s) does,
     and solving for x_hat, gives a convex combination:
 
         x_target = (1 - rho) x_hat(z_s, s) + rho x_step,   rho = lambda_q (lambda_t - lambda_s) / (lambda_s (lambda_t - lambda_q)).
@@ -93,29 +93,34 @@ def consistency_loss(
     replaced by the one t->q, whose slope is the average of theirs, weighted by lambda_t - lambda_s and lambda_s - lambda_q.)
     At s = q rho is 1, so the student has no say: this is what keeps the loss from collapsing. With one segment q = 0 and rho = 0 for
     s > 0: the loss of consistency models. With as many segments as grid points always s = q, and in CT x_step = x: diffusion.
-    The pull-back divides by a difference of order t - s; float64 keeps its rounding below the Huber constant.
+    inverse_ddim divides by a difference of order t - s; float64 keeps its rounding below the Huber constant.
+
+    Raises InputError if the grid is finer than a discrete schedule's own.
     """
     schedule, per_segment = student.schedule, stage.points_per_segment(progress)
     grid = per_segment * stage.student_steps
+    if isinstance(schedule, DiscreteSchedule) and grid > len(schedule.alphas_cumprod):
+        raise InputError(f"a grid of {grid} points is finer than the schedule's {len(schedule.alphas_cumprod)} steps: lower teacher_steps")
     if t is None:
         i = torch.ceil(stratified_times(len(x), x.device, generator) * grid)
     else:
-        i = torch.round(t.to(fine(x.device)) * grid)
+        i = torch.round(t.double() * grid)
     i = i.long().clamp(1, grid)
     i_q = (i - 1) // per_segment * per_segment  # the top of a segment, i = q + T/K, belongs to it: the sampler starts there
     i_s = torch.maximum(i - stage.skip, i_q)
-    t, s, q = (index.to(fine(x.device)) / grid for index in (i, i_s, i_q))
+    t, s, q = (index.double() / grid for index in (i, i_s, i_q))
 
     noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator) if noise is None else noise
     z_t = noised(x, t, noise, schedule)
     with torch.no_grad():
         x_teacher = x if teacher is None else teacher(z_t, t, cond)
-        wide = z_t.to(fine(x.device))
-        if stage.x_var is None:
-            z_s = ddim(x_teacher.to(wide.dtype), wide, t, s, schedule)
+        wide = z_t.double()
+        if teacher is None or stage.x_var is None:  # the true noise needs no adjustment
+            x_step = x_teacher.double()
+            z_s = ddim(x_step, wide, t, s, schedule)
         else:
-            z_s = addim(x_teacher.to(wide.dtype), wide, t, s, schedule, _x_var(stage, x, x_teacher, teacher, z_t, t, cond))
-        x_step = inverse_ddim(z_s, wide, t, s, schedule)
+            z_s = addim(x_teacher.double(), wide, t, s, schedule, _x_var(stage, x, x_teacher, teacher, z_t, t, cond))
+            x_step = inverse_ddim(z_s, wide, t, s, schedule)
         # The target's call comes first and leaves the random state as it found it: the student below draws the same dropout mask.
         with torch.random.fork_rng([] if x.device.type == "cpu" else [x.device], device_type=x.device.type):
             x_s = (student if target is None else target)(z_s.to(x.dtype), s, cond)
@@ -149,7 +154,7 @@ def _weight(stage: Stage, t: Tensor, q: Tensor, schedule: Schedule) -> Tensor:
     return torch.ones_like(t) if stage.weight == "x" else alpha_q - alpha_t * sigma_q / sigma_t
 
 
-def _x_var(stage: Stage, x: Tensor, x_teacher: Tensor, teacher: nn.Module | None, z_t: Tensor, t: Tensor, cond) -> Tensor | None:
+def _x_var(stage: Stage, x: Tensor, x_teacher: Tensor, teacher: nn.Module, z_t: Tensor, t: Tensor, cond) -> Tensor | None:
     """aDDIM's variance per dimension, (B,). For "mse" the paper asks for the teacher *without* guidance."""
     if stage.x_var == "prior":
         return None  # addim's own default

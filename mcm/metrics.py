@@ -31,10 +31,12 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return ((a.mean(0) - b.mean(0)).square().sum() + s_a.trace() + s_b.trace() - 2 * cross).item()
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 4096) -> tuple[float, float]:
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3, most: int = 10_000, chunk: int = 2048) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991): the share of fake samples inside the real manifold, and of real ones inside
-    the fake manifold; a manifold is the union of balls around samples that reach to their k-th nearest neighbour. real, fake: (n, d).
+    the fake manifold; a manifold is the union of balls around samples that reach to their k-th nearest neighbour. real, fake: (n, d);
+    of more than `most` rows, so many are taken at even distances, as the cost grows with the square.
     """
+    real, fake = (a[torch.linspace(0, len(a) - 1, min(most, len(a))).long()] for a in (real, fake))
 
     def inside(points: Tensor, manifold: Tensor) -> float:
         radius = torch.cat([torch.cdist(rows, manifold).kthvalue(k + 1, dim=1).values for rows in manifold.split(chunk)])
@@ -90,6 +92,10 @@ def train_classifier(data: ImageData, iterations: int, path: Path, batch: int = 
     the held-out images. Cached at `path`; a cache made for other data is refused with an InputError.
     """
     device = data.images.device
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be made for the feature classifier ({error.strerror}): use another --features") from None
     classifier = Classifier(data.image_shape, data.classes)
     wanted = {"data": data.name, "fingerprint": data.fingerprint(), "iterations": iterations}
     if path.is_file():

@@ -30,7 +30,7 @@ class Stage:
     """How many grid points lie between t and s."""
     x_var: Literal["mse", "prior"] | None = "mse"
     """The step from z_t to z_s is aDDIM with this variance: "mse": eta times the squared error of the teacher on this very image;
-    "prior": 0.1 / (2 + SNR); None: plain DDIM. Without a teacher x_hat is the image itself, so "mse" is 0: DDIM as well."""
+    "prior": 0.1 / (2 + SNR); None: plain DDIM, which is also the step without a teacher: the true noise needs no adjustment."""
     eta: float = 0.75
     """The factor in front of the squared error (the paper's xvar_frac)."""
     weight: Literal["v", "x", "q"] = "v"

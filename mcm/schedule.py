@@ -54,14 +54,14 @@ class CosineSchedule:
 class DiscreteSchedule:
     """A schedule tabulated at N steps, as in DDPM or SDXL: t = i / N means index i - 1; t = 0 is the clean image.
 
-    t is rounded to the nearest index, and the network receives that same index, so both always speak of one noise level.
+    t > 0 is rounded to the nearest index, and the network receives that same index, so both always speak of one noise level.
     """
 
     def __init__(self, alphas_cumprod: Tensor):
         """alphas_cumprod: (N,) falling from just below 1; alpha = sqrt(alphas_cumprod). Raises InputError if it is not that."""
         values = torch.as_tensor(alphas_cumprod, dtype=torch.float64).detach().cpu()
-        if values.ndim != 1 or not len(values) or not ((values >= 0) & (values <= 1)).all() or not (values.diff() < 0).all():
-            raise InputError("alphas_cumprod must be one-dimensional, between 0 and 1, and strictly falling")
+        if values.ndim != 1 or not len(values) or not ((values >= 0) & (values < 1)).all() or not (values.diff() < 0).all():
+            raise InputError("alphas_cumprod must be one-dimensional, at least 0, below 1, and strictly falling")
         self.alphas_cumprod = values
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,8 @@ class DiscreteSchedule:
         return (self._step(t) - 1).clamp_min(0)
 
     def _step(self, t: Tensor) -> Tensor:
-        return torch.round(t.double() * len(self.alphas_cumprod)).long()
+        step = torch.round(t.double() * len(self.alphas_cumprod)).long()
+        return torch.where(t > 0, step.clamp_min(1), step)  # only t = 0 itself is free of noise
 
 
 Schedule = CosineSchedule | DiscreteSchedule

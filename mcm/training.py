@@ -4,11 +4,15 @@ Everything random in step i is drawn from a generator seeded with (seed, i), and
 state of a run is its weights and its step, and a resumed run equals an uninterrupted one bit for bit (on the CPU).
 """
 
+import contextlib
 import copy
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -71,6 +75,20 @@ def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
     return torch.cat([permutation(n, seed, e)[position[position // n == e] - e * n] for e in epochs])
 
 
+@contextmanager
+def deferred_interrupt():
+    """Within this block Ctrl-C only sets a flag, which the yielded function reads: a step is never cut in two."""
+    pressed = []
+    if threading.current_thread() is not threading.main_thread():  # signals only reach the main thread
+        yield lambda: False
+        return
+    previous = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def train(
     denoiser: Denoiser,
     loss_function: LossFunction,
@@ -79,14 +97,16 @@ def train(
     out: Path,
     name: str,
     resume: bool = False,
+    preview: Callable[[Denoiser, int], None] | None = None,
     **metadata,
 ) -> Denoiser:
     """Train `denoiser` in place; return its averaged copy, in eval mode.
 
-    loss_function(denoiser, x, labels, progress) -> LossOutput, progress in [0, 1). Writes out/NAME.safetensors (the averaged weights,
-    for mcm.load, with `metadata`), out/NAME.state.safetensors (all that resuming needs) and lines to out/log.jsonl. With resume, goes
-    on from the state file if there is one. Raises InputError when the loss or the gradient stops being finite, naming the
-    step; what was saved before stays.
+    loss_function(denoiser, x, labels, progress) -> LossOutput, progress in [0, 1). Every settings.save_every steps, and at the end,
+    writes out/NAME.safetensors (the averaged weights, for mcm.load, with `metadata`) and out/NAME.state.safetensors (all that
+    resuming needs), and calls preview(averaged, step), for sample grids. Lines of figures go to out/log.jsonl. With resume, goes on
+    from the state file if there is one. Ctrl-C finishes the step, saves and raises KeyboardInterrupt. Raises InputError when
+    the loss or the gradient stops being finite, naming the step; what was saved before stays.
     """
     device = next(denoiser.parameters()).device
     denoiser.requires_grad_(True).train()
@@ -98,64 +118,84 @@ def train(
         first, elapsed = load_state(state_file, denoiser, averaged, optimizer, settings)
         averaged.metadata = metadata | {"step": first, "seconds": round(elapsed, 1)}
         save(model_file, averaged, **averaged.metadata)  # a kill may have come between the two files
+    forget_log(out / "log.jsonl", name, first)
+
     K = denoiser.student_steps or 1
     steps = tqdm(range(first, settings.iterations), name, initial=first, total=settings.iterations, unit="it")
-    pending, started = [], time.perf_counter()
-    for step in steps:
-        torch.manual_seed(mixed(settings.seed, step))
-        rows = batch_indices(len(data.images), settings.batch, step, settings.seed).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr_at(step)
-        for part in rows.chunk(settings.accumulate):
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                output = loss_function(denoiser, to_float(data.images[part]), data.labels[part], step / settings.iterations)
-            (output.loss * (len(part) / len(rows))).backward()
-            pending.append((output.per_sample.detach(), output.t))
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-        pending[-1] += (norm,)
-        optimizer.step()
-        optimizer.zero_grad()
-        weight = 1 - settings.ema_at(step)
-        torch._foreach_lerp_(list(averaged.parameters()), parameters, weight)
+    losses, times, norms, started = [], [], [], time.perf_counter()
+    with deferred_interrupt() as interrupted:
+        for step in steps:
+            torch.manual_seed(mixed(settings.seed, step))
+            rows = batch_indices(len(data.images), settings.batch, step, settings.seed).to(device)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr_at(step)
+            for part in rows.chunk(settings.accumulate):
+                # Without the cache: it would hand the target call's weights, cast without gradient, to the student's call.
+                with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False):
+                    output = loss_function(denoiser, to_float(data.images[part]), data.labels[part], step / settings.iterations)
+                (output.loss * (len(part) / len(rows))).backward()
+                losses.append(output.per_sample.detach())
+                times.append(output.t)
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, settings.clip))
+            optimizer.step()
+            optimizer.zero_grad()
+            torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - settings.ema_at(step))
 
-        done = step + 1 == settings.iterations
-        if done or (step + 1) % settings.log_every == 0 or (step + 1) % settings.save_every == 0:
-            seconds, started = time.perf_counter() - started, time.perf_counter()
-            elapsed += seconds
-            line = summary(pending, K, step + 1, name)
-            pending = []
-            rate = settings.batch * line["steps"] / seconds
-            line |= {"model": name, "lr": settings.lr_at(step), "seconds": round(seconds, 3), "images_per_second": round(rate, 1)}
-            steps.set_postfix(loss=f"{line['loss']:.4f}", img_s=f"{rate:.0f}", refresh=False)
-            with (out / "log.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
-        if done or (step + 1) % settings.save_every == 0:
-            averaged.metadata = metadata | {"step": step + 1, "seconds": round(elapsed, 1)}
-            save_state(state_file, denoiser, averaged, optimizer, settings, step + 1, elapsed)
-            save(model_file, averaged, **averaged.metadata)
+            stop = interrupted()
+            saving = stop or step + 1 == settings.iterations or (step + 1) % settings.save_every == 0
+            if saving or (step + 1) % settings.log_every == 0:
+                line = summary(losses, times, norms, K, step + 1, name)
+                seconds, started = time.perf_counter() - started, time.perf_counter()
+                elapsed += seconds
+                rate = settings.batch * len(norms) / seconds
+                line |= {"lr": settings.lr_at(step), "seconds": round(seconds, 3), "images_per_second": round(rate, 1)}
+                steps.set_postfix(loss=f"{line['loss']:.4f}", img_s=f"{rate:.0f}", refresh=False)
+                with (out / "log.jsonl").open("a") as log:
+                    log.write(json.dumps(line) + "\n")
+                losses, times, norms = [], [], []
+            if saving:
+                averaged.metadata = metadata | {"step": step + 1, "seconds": round(elapsed, 1)}
+                save_state(state_file, denoiser, averaged, optimizer, settings, step + 1, elapsed)
+                save(model_file, averaged, **averaged.metadata)
+                if preview:
+                    preview(averaged, step + 1)
+            if stop:
+                raise KeyboardInterrupt
     return averaged
 
 
-def summary(pending: list[tuple], K: int, step: int, name: str) -> dict:
-    """One line of the log from the (per_sample, t[, gradient norm]) of the steps since the last one; checks that all are finite."""
-    losses, times = torch.cat([p[0] for p in pending]).double().cpu(), torch.cat([p[1] for p in pending]).double().cpu()
-    norms = torch.stack([p[2] for p in pending if len(p) == 3]).cpu()
-    per_step = losses.reshape(len(norms), -1).mean(1)
-    bad = (~(per_step.isfinite() & norms.isfinite())).nonzero()
+def forget_log(path: Path, name: str, step: int) -> None:
+    """Drop the lines of this model after `step`, which a resumed run will write again, and a last line cut short by a kill."""
+    if not path.is_file():
+        return
+    kept = []
+    for text in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            line = json.loads(text)
+            if line["model"] != name or line["step"] <= step:
+                kept.append(text + "\n")
+    path.write_text("".join(kept))
+
+
+def summary(losses: list[Tensor], times: list[Tensor], norms: list[Tensor], K: int, step: int, name: str) -> dict:
+    """One line of the log about the steps since the last one; raises InputError unless all their losses and gradients are finite."""
+    n = len(norms)
+    loss, t, norm = torch.cat(losses).cpu().double(), torch.cat(times).cpu().double(), torch.stack(norms).cpu()
+    bad = (~(loss.reshape(n, -1).mean(1).isfinite() & norm.isfinite())).nonzero()
     if len(bad):
         raise InputError(
-            f"{name}: the loss or its gradient is no longer finite at step {step - len(norms) + int(bad[0]) + 1}. The last checkpoint is intact. "
-            "Lower --lr, or use --precision fp32."
+            f"{name}: the loss or its gradient is no longer finite at step {step - n + int(bad[0]) + 1}. What was saved before is intact. "
+            "Lower the learning rate, or use --precision fp32."
         )
 
-    def binned(n: int) -> list[float | None]:
-        index = (torch.ceil(times * n).long() - 1).clamp(0, n - 1)
-        count = torch.bincount(index, minlength=n)
-        mean = torch.bincount(index, losses, minlength=n) / count.clamp_min(1)
+    def binned(bins: int) -> list[float | None]:
+        index = (torch.ceil(t * bins).long() - 1).clamp(0, bins - 1)
+        count = torch.bincount(index, minlength=bins)
+        mean = torch.bincount(index, loss, minlength=bins) / count.clamp_min(1)
         return [round(m, 6) if c else None for m, c in zip(mean.tolist(), count.tolist())]
 
     return {
-        "step": step, "steps": len(norms), "loss": round(float(losses.mean()), 6), "gradient_norm": round(float(norms.mean()), 4),
+        "model": name, "step": step, "loss": round(float(loss.mean()), 6), "gradient_norm": round(float(norm.mean()), 6),
         "loss_by_t": binned(10), "loss_by_segment": binned(K),
     }  # fmt: skip
 
@@ -185,6 +225,9 @@ def load_state(path: Path, denoiser: Denoiser, averaged: Denoiser, optimizer: to
     for key, value in tensors.items():
         if key.startswith("adam."):
             _, index, entry = key.split(".", 2)
+            parameter = optimizer.param_groups[0]["params"][int(index)]
+            if value.ndim:  # in the parameter's memory layout, which the file does not keep and the fused kernels rely on
+                value = torch.empty_like(parameter).copy_(value)
             state.setdefault(int(index), {})[entry] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return metadata["step"], metadata["elapsed"]

@@ -59,11 +59,11 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, heads of `head_channels` channels; x: (B, C, H, W) -> the same shape."""
+    """Self-attention over all pixels, in heads of about `head_channels` channels; x: (B, C, H, W) -> the same shape."""
 
     def __init__(self, channels: int, head_channels: int = 32):
         super().__init__()
-        self.heads = max(1, channels // head_channels)
+        self.heads = next(n for n in range(max(1, channels // head_channels), 0, -1) if channels % n == 0)
         self.norm, self.qkv = nn.GroupNorm(GROUPS, channels), nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
@@ -109,8 +109,10 @@ class UNet(nn.Module):
         stride = 2 ** (len(multipliers) - 1)
         if image_size % stride:
             raise InputError(f"image size {image_size} is not divisible by {stride}, which {len(multipliers)} resolution levels need")
-        if channels % GROUPS:
-            raise InputError(f"channels must be a multiple of {GROUPS}, not {channels}")
+        if channels < 1 or channels % GROUPS:
+            raise InputError(f"channels must be a positive multiple of {GROUPS}, not {channels}")
+        if min(multipliers) < 1 or blocks < 1 or not 0 <= dropout < 1:
+            raise InputError(f"multipliers {list(multipliers)} and blocks {blocks} must be positive, and dropout {dropout} in [0, 1)")
         self.arguments = dict(
             image_size=image_size, in_channels=in_channels, channels=channels, multipliers=list(multipliers),
             blocks=blocks, attention=list(attention), classes=classes, dropout=dropout,

@@ -12,7 +12,8 @@ from mcm.recipes import Stage, cm, diffusion
 from mcm.recipes import mcm as recipe
 
 COSINE = mcm.CosineSchedule()
-SCHEDULES = [COSINE, mcm.CosineSchedule(clip=15.0), mcm.CosineSchedule.interpolated(64, 32, 64)]
+DISCRETE = mcm.DiscreteSchedule(torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1024, dtype=torch.float64) ** 2, 0))
+SCHEDULES = [COSINE, mcm.CosineSchedule(clip=15.0), mcm.CosineSchedule.interpolated(64, 32, 64), DISCRETE]
 MIXTURE = mcm.GaussianMixture(torch.tensor([[-1.0], [1.0]], dtype=torch.float64), torch.tensor([0.2, 0.2], dtype=torch.float64))
 
 
@@ -55,6 +56,23 @@ def test_infinity_step_limit_is_the_diffusion_loss(network, schedule, T, dtype):
     assert (g - g_reference).norm() / g_reference.norm() < 20 * eps + algebra and g.norm() > 1e-3
 
 
+@pytest.mark.parametrize("x_var", [None, "mse", "prior"])
+def test_without_a_teacher_the_step_uses_the_true_noise(network, x_var):
+    """Consistency training has nothing to adjust, whatever x_var says."""
+    denoiser, (x, y, noise) = copy_with(network), batch()
+    out = mcm.consistency_loss(denoiser, x, y, Stage(8, (8, 8), x_var=x_var), t=linear_times(16, 8), noise=noise)
+    torch.testing.assert_close(out.x_target, x, rtol=0, atol=1e-13)
+
+
+def test_epsilon_prediction_on_a_discrete_schedule_trains(network):
+    """SDXL's kind of network, with times drawn by the loss itself: nothing is 0 / 0, at the lowest index or anywhere else."""
+    denoiser, (x, y, _) = mcm.Denoiser(network, DISCRETE, "epsilon"), batch(512, torch.float32)
+    for out in (mcm.diffusion_loss(denoiser, x, y), mcm.consistency_loss(denoiser, x, y, Stage(4, (512, 1024)), teacher=denoiser)):
+        assert out.per_sample.isfinite().all() and out.x_target.isfinite().all()
+    with pytest.raises(mcm.InputError, match="grid of 2048 points is finer than the schedule's 1024"):
+        mcm.consistency_loss(denoiser, x, y, Stage(4, (2048, 2048)))
+
+
 def test_off_by_one_breaks_the_limit(network):
     """The same with one grid point per segment too many is far away: the test above can fail."""
     denoiser, (x, y, noise) = copy_with(network), batch()
@@ -64,10 +82,17 @@ def test_off_by_one_breaks_the_limit(network):
 
 
 def test_infinity_step_sampler_is_ddim(network):
-    """Algorithm 2 at K = T is T-step DDIM, whatever the network was trained with."""
-    z, y = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2])
-    student, teacher = mcm.Denoiser(network, COSINE, student_steps=16), mcm.Denoiser(network, COSINE)
-    assert torch.equal(mcm.sample(student, z, cond=y), mcm.sample(teacher, z, 16, y))
+    """Algorithm 2 at K = T is T-step DDIM: eps_hat = (z - alpha x_hat) / sigma is kept, x_hat re-noised with it, written out here."""
+    z, y = torch.randn(3, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2])
+    student = mcm.Denoiser(network.double(), COSINE, student_steps=16)
+    ours = mcm.sample(student, z, cond=y)
+    for k in range(16, 0, -1):
+        angle_t, angle_s = math.pi / 2 * k / 16, math.pi / 2 * (k - 1) / 16
+        with torch.no_grad():
+            v = student.network(z, torch.full((3,), k / 16, dtype=torch.float64), y)
+        x_hat = math.cos(angle_t) * z - math.sin(angle_t) * v
+        z = math.cos(angle_s) * x_hat + math.sin(angle_s) * (z - math.cos(angle_t) * x_hat) / math.sin(angle_t)
+    torch.testing.assert_close(ours, z, rtol=1e-9, atol=1e-9)  # 16 steps, each amplifying rounding a little
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -83,22 +108,22 @@ def test_one_segment_is_a_consistency_model(network, schedule, distill):
     x, y, noise = batch()
     N = 20
     i = torch.linspace(1, N, 16).round().long()
-    out = mcm.consistency_loss(student, x, y, cm(teacher_steps=(N, N), c=0.03), teacher=teacher, t=i / N, noise=noise)
+    out = mcm.consistency_loss(student, x, y, cm(teacher_steps=(N, N), c=0.03), teacher=teacher, t=i.double() / N, noise=noise)
 
     per_sample = []
     for b in range(16):
-        t, s = i[b : b + 1] / N, (i[b : b + 1] - 1) / N
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t.double()), schedule(s.double())
+        t, s = i[b : b + 1].double() / N, (i[b : b + 1] - 1).double() / N
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
         z_t = alpha_t * x[b : b + 1] + sigma_t * noise[b : b + 1]
-        clean = x[b : b + 1] if teacher is None else teacher(z_t, t.double(), y[b : b + 1])
+        clean = x[b : b + 1] if teacher is None else teacher(z_t, t, y[b : b + 1])
         z_s = alpha_s * clean + sigma_s * (z_t - alpha_t * clean) / sigma_t
-        boundary = clean if s == 0 else student(z_s, s.double(), y[b : b + 1])
-        difference = (student(z_t, t.double(), y[b : b + 1]) - boundary.detach()) / sigma_t
+        boundary = clean if s == 0 else student(z_s, s, y[b : b + 1])
+        difference = (student(z_t, t, y[b : b + 1]) - boundary.detach()) / sigma_t
         per_sample.append(torch.sqrt(difference.square().mean() + 0.03**2) - 0.03)
-    # float32 times here against float64 times there
-    torch.testing.assert_close(out.per_sample, torch.stack(per_sample), rtol=1e-5, atol=1e-6)
+    # one float64 network of 20 layers, evaluated one by one here and as a batch there, over sigma_t >= 0.03
+    torch.testing.assert_close(out.per_sample, torch.stack(per_sample), rtol=1e-10, atol=1e-10)
     g, reference = gradient(out.loss, student), gradient(torch.stack(per_sample).mean(), student)
-    assert (g - reference).norm() / reference.norm() < 1e-4
+    assert (g - reference).norm() / reference.norm() < 1e-10
 
 
 # --- the target ------------------------------------------------------------------------------------------------------------
@@ -211,7 +236,7 @@ def test_x_var_comes_from_the_unguided_teacher(network):
 
 
 def test_both_calls_share_one_dropout_mask():
-    """With a network that is nothing but dropout of z, equal masks make consistency training exact at equal z; fresh ones do not."""
+    """The masks that a network draws in its two calls: equal within a step, different from step to step."""
 
     class Drop(nn.Module):
         def __init__(self):
@@ -333,6 +358,7 @@ def w2_to_the_mixture(student, K):
 W2 = {  # (distilled, T): W2 of K = 1, 2, 4, 8, 16 and K = T (squared distance; exact teacher), from an independent calculation
     (True, 64): (0.0136, 0.0130, 0.0103, 0.0095, 0.0095, 0.0095),
     (False, 64): (0.158, 0.109, 0.049, 0.023, 0.013, 0.0095),
+    (False, 256): (0.103, 0.070, 0.027, 0.0105, 0.0045, 0.0025),
     (True, 1024): (0.0095, 0.0087, 0.0036, 0.0009, 0.0006, 0.0006),
 }
 
@@ -346,8 +372,8 @@ def test_w2_of_the_best_possible_student(distill, T):
     for K, expected in zip((1, 2, 4, 8, 16, T), W2[distill, T]):
         w2 = w2_to_the_mixture(solved_table(K, T, distill), K)
         assert w2 < 1.06 * expected + 5e-5, K
-        if not distill or expected == W2[distill, T][-1]:
-            assert w2 > 0.94 * expected - 5e-5, K
+        exact_to_two_digits = not distill or expected == W2[distill, T][-1]
+        assert w2 > 0.94 * (expected if exact_to_two_digits else W2[distill, T][-1]) - 5e-5, K
 
 
 def test_the_infinity_step_student_is_the_posterior_mean():
@@ -360,10 +386,8 @@ def test_the_infinity_step_student_is_the_posterior_mean():
 
 def test_a_linear_distance_learns_medians():
     """Why the limit needs a squared distance: with |.| in one dimension the K = T minimiser is the conditional median."""
-    z, t = torch.tensor([[0.05]]).double().expand(20_001, 1), torch.full((20_001,), 1.0).double()
-    x = MIXTURE.sample(20_001)  # at t = 1, z says nothing: x given z is the data itself, mean 0 and two modes
-    x, _ = torch.cat([x, torch.full((6000, 1), -1.0).double()]).sort(0)  # tilt it: mean -0.23, median close to -0.9
-    z, t = z[:1].expand(len(x), 1), t[:1].expand(len(x))
+    x = torch.cat([MIXTURE.sample(20_001), torch.full((6000, 1), -1.0).double()])  # tilted: mean -0.23, median close to -0.9
+    z, t = torch.full_like(x, 0.05), torch.ones(len(x)).double()  # at t = 1, z says nothing: x given z is the data itself
 
     def loss(guess, distance):
         student = lambda u, v, c=None: torch.full_like(u, guess)  # noqa: E731

@@ -23,8 +23,8 @@ def test_algorithm_2_written_out(network):
 @pytest.mark.parametrize("solver", [mcm.ddim, mcm.addim])
 def test_chunking_does_not_matter(network, chunk, solver):
     denoiser, z, y = mcm.Denoiser(network, mcm.CosineSchedule()), torch.randn(7, 1, 8, 8), torch.arange(7) % 4
-    whole = mcm.sample(denoiser, z, 4, y, solver)
-    parts = torch.cat([mcm.sample(denoiser, a, 4, b, solver) for a, b in zip(z.split(chunk), y.split(chunk))])
+    whole, parts = (mcm.sample(denoiser, z, 4, y, solver, chunk=c) for c in (None, chunk))
+    assert len(parts) == 7
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)  # convolutions round differently per batch size
 
 
@@ -70,5 +70,18 @@ def test_steps_are_known_or_asked_for(network):
     with pytest.raises(mcm.InputError, match="at least 1"):
         mcm.sample(teacher, z, 0)
     student = mcm.Denoiser(network, mcm.CosineSchedule(), student_steps=4)
+    with pytest.warns(UserWarning, match="4-step student in 8 steps") as caught:
+        x = mcm.sample(student, z.repeat(3, 1, 1, 1), 8, chunk=1)
+    assert len(caught) == 1 and caught[0].filename == __file__ and x.isfinite().all()  # it works, and warns once, where it was called
     with pytest.warns(UserWarning, match="4-step student in 8 steps"):
-        mcm.sample(student, z, 8)
+        mcm.sample(mcm.guided(student, 2.0), z, 8)
+
+
+def test_a_generator_reaches_the_solver_that_takes_one():
+    def noisy(x_hat, z_t, t, s, schedule, generator=None):
+        return mcm.ddim(x_hat, z_t, t, s, schedule) + 0.1 * torch.randn(z_t.shape, generator=generator)
+
+    z = torch.randn(4, 1).double()
+    a, b, c = (mcm.sample(MIXTURE, z, 4, solver=noisy, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    mcm.sample(MIXTURE, z, 4, generator=torch.Generator())  # DDIM draws nothing

@@ -60,6 +60,12 @@ def test_discrete_schedule_rounds_to_the_index_it_hands_on():
         torch.testing.assert_close(schedule(t.double())[0] ** 2, schedule.alphas_cumprod, rtol=1e-12, atol=0)
 
 
+def test_only_zero_is_free_of_noise():
+    schedule = SCHEDULES["discrete"]
+    t = torch.tensor([0.0, 1e-9, 4e-4])
+    assert schedule.network_time(t).tolist() == [0, 0, 0] and (schedule(t)[1] > 0).tolist() == [False, True, True]
+
+
 def test_discrete_schedule_equals_diffusers():
     reference = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     ours = mcm.DiscreteSchedule(reference.alphas_cumprod)
@@ -70,7 +76,7 @@ def test_discrete_schedule_equals_diffusers():
     torch.testing.assert_close(z, reference.add_noise(x, noise, index), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("bad", [torch.tensor([0.5, 0.6]), torch.ones(2, 2), torch.tensor([1.5, 0.5]), torch.tensor([])])
+@pytest.mark.parametrize("bad", [torch.tensor([0.5, 0.6]), torch.ones(2, 2), torch.tensor([1.5, 0.5]), torch.tensor([1.0, 0.5]), torch.tensor([])])
 def test_bad_tables_are_refused(bad):
     with pytest.raises(mcm.InputError):
         mcm.DiscreteSchedule(bad)
