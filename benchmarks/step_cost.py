@@ -5,7 +5,8 @@
     python benchmarks/step_cost.py --size 32        a 1.7 M-parameter network on 32x32 images
 
 By counting network passes (a backward pass costs two forward ones): teacher 3, consistency training 4, distillation 5,
-so 4/3 and 5/3. The three are timed in turn, many times over, and compared repeat by repeat: machines drift.
+so 4/3 and 5/3. A step here is the loss, its gradient and the optimiser. The three are timed in turn, many times over, and
+compared repeat by repeat: machines drift.
 """
 
 import argparse
@@ -34,7 +35,7 @@ args = parser.parse_args()
 
 torch.set_num_threads(args.threads)
 torch.manual_seed(0)
-shape = dict(in_channels=1, channels=64, multipliers=(1, 1), blocks=1, attention=(4,)) if args.size == 8 else dict(in_channels=3, channels=32)
+shape = dict(in_channels=1, channels=48, multipliers=(1, 1), blocks=1, attention=(4,)) if args.size == 8 else dict(in_channels=3, channels=32)
 network = mcm.UNet(image_size=args.size, classes=10, **shape)
 student = mcm.Denoiser(network, mcm.CosineSchedule()).to(args.device)
 teacher = mcm.Denoiser(mcm.UNet(**network.arguments), mcm.CosineSchedule()).to(args.device).requires_grad_(False).eval()
@@ -72,7 +73,7 @@ device = torch.cuda.get_device_name() if args.device != "cpu" else f"cpu, {args.
 parameters = sum(p.numel() for p in network.parameters()) / 1e6
 print(f"{parameters:.2f} M parameters, {args.size}x{args.size}, batch {args.batch}, {device}, torch {torch.__version__}, median of {args.repeats} [quartiles]")
 print("| step | ms | over the teacher's step | limit |\n|---|---|---|---|")
-figures = {"parameters_millions": round(parameters, 3), "size": args.size, "batch": args.batch, "device": device, "torch": torch.__version__, "python": platform.python_version()}
+figures = {"command": "python benchmarks/step_cost.py " + " ".join(Path(a).name for a in sys.argv[1:]), "parameters_millions": round(parameters, 3), "size": args.size, "batch": args.batch, "device": device, "torch": torch.__version__, "python": platform.python_version()}
 for name, limit in (("teacher", ""), ("ct", 1.4), ("cd", 1.75)):
     ratios = sorted(a / b for a, b in zip(seconds[name], seconds["teacher"]))
     low, middle, high = ratios[len(ratios) // 4], statistics.median(ratios), ratios[3 * len(ratios) // 4]

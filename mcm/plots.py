@@ -19,7 +19,7 @@ def sample_rows(rows: dict[str, Tensor], path: Path, scale: int = 4) -> None:
     images = torch.cat(list(rows.values())).float().cpu()
     n, size = len(next(iter(rows.values()))), images.shape[-1] + 1
     grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=n, padding=1, pad_value=1.0)
-    pixels = max(scale, -(-34 // size))  # at least 34 dots a row, so that the labels fit
+    pixels = max(scale, -(-50 // size))  # at least 50 dots a row, to be seen
     figure = plt.figure(figsize=((n * size * pixels + 190) / 100, (len(rows) * size * pixels + 16) / 100), dpi=100)
     left, bottom = 190 / (n * size * pixels + 190), 8 / (len(rows) * size * pixels + 16)
     axes = figure.add_axes((left, bottom, 1 - left - 0.005, 1 - 2 * bottom))
