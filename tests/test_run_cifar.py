@@ -56,7 +56,7 @@ def quick(tmp_path_factory):
 def test_digits_students_beat_their_teacher_by_far(tmp_path):
     """About a minute: a small teacher, 1- and 2-step students; each needs less than half the teacher's distance at equal steps."""
     out = tmp_path / "digits"
-    budget = "--channels 32 --teacher-iterations 900 --student-iterations 300 --samples 1000"
+    budget = "--channels 32 --teacher-iterations 900 --student-iterations 550 --samples 1000"
     run("--data", "digits", "--out", out, "--steps", 1, 2, *budget.split())
     rows = json.loads((out / "results.json").read_text())["rows"]
     teacher = {r["steps"]: r for r in rows if r["model"] == "teacher" and r["sampler"] == "ddim"}
@@ -75,7 +75,7 @@ def test_what_out_receives(quick):
     assert names == {"results.json", "results.md", "log.jsonl", "run.json", "rows.json", "previews"} | pictures | checkpoints
     for picture in [*(quick / name for name in pictures), *(quick / "previews").iterdir()]:
         assert np.array(Image.open(picture)).std() > 10
-    assert {p.name for p in (quick / "previews").iterdir()} >= {"teacher-000003.png", "teacher-000006.png", "cd-2-000006.png"}
+    assert {p.name for p in (quick / "previews").iterdir()} >= {"teacher-000003.png", "teacher-000006.png", "cd-2-000004.png"}
     assert mcm.load(quick / "cd-2.safetensors").student_steps == 2 and mcm.load(quick / "teacher.safetensors").student_steps is None
 
 
@@ -153,7 +153,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(quick, tmp_path, how):
             process.send_signal(how)
             assert process.wait(60) == (130 if how == signal.SIGINT else -signal.SIGKILL)
             step = mcm.load(out / "cd-2.safetensors").metadata["step"] if (out / "cd-2.safetensors").exists() else 40
-            assert step % 40 == 0 or how == signal.SIGINT and step < 450
+            assert step % 40 == 0 or how == signal.SIGINT and step < 300
             command.append("--resume")
         assert subprocess.run(command, capture_output=True).returncode == 0
         finals.append(mcm.load(out / "cd-2.safetensors").network.state_dict())
