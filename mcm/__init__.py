@@ -6,12 +6,12 @@ from .losses import LossOutput, consistency_loss, diffusion_loss
 from .recipes import Stage
 from .sampling import sample
 from .schedule import CosineSchedule, DiscreteSchedule
-from .solvers import addim, ddim, inverse_ddim
+from .solvers import addim, ddim, er_sde, inverse_ddim, renoise
 from .unet import UNet
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CosineSchedule", "Denoiser", "DiscreteSchedule", "GaussianMixture", "InputError", "LossOutput", "Stage", "UNet",
-    "addim", "consistency_loss", "ddim", "diffusion_loss", "guided", "inverse_ddim", "load", "sample", "save",
+    "addim", "consistency_loss", "ddim", "diffusion_loss", "er_sde", "guided", "inverse_ddim", "load", "renoise", "sample", "save",
 ]  # fmt: skip

@@ -7,19 +7,21 @@
     DDIM t->q  .. should agree with ..  DDIM s->q
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .errors import InputError
 from .recipes import Stage
+from .sampling import STATES, noised, rows
 from .schedule import DiscreteSchedule, Schedule
-from .solvers import addim, ddim, expand, inverse_ddim, mean_over_dims
+from .solvers import addim, ddim, er_sde, expand, inverse_ddim, mean_over_dims
 
 
 class LossOutput(NamedTuple):
-    """loss: scalar, the mean of per_sample (B,). x_hat (with gradient), x_target, z_t: like x. t: (B,)."""
+    """loss: scalar, the mean of per_sample (B,). x_hat (with gradient), x_target, z_t: like x. t: (B,). x: the clean image that z_t was
+    noised from, None if it was not; cond: the conditions used."""
 
     loss: Tensor
     per_sample: Tensor
@@ -27,6 +29,8 @@ class LossOutput(NamedTuple):
     x_target: Tensor
     z_t: Tensor
     t: Tensor
+    x: Tensor | None
+    cond: Any
 
 
 def stratified_times(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -36,16 +40,10 @@ def stratified_times(n: int, device: torch.device, generator: torch.Generator | 
     return 1 - (torch.arange(n, device=device) + u) / n
 
 
-def noised(x: Tensor, t: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:
-    """z_t = alpha_t x + sigma_t noise."""
-    alpha, sigma = schedule(t)
-    return expand(alpha, x) * x + expand(sigma, x) * noise
-
-
 def diffusion_loss(
     denoiser: nn.Module,
     x: Tensor,
-    cond: Tensor | None = None,
+    cond: Any = None,
     *,
     t: Tensor | None = None,
     noise: Tensor | None = None,
@@ -60,13 +58,13 @@ def diffusion_loss(
     z_t = noised(x, t, noise, denoiser.schedule)
     x_hat = denoiser(z_t, t, cond)
     per_sample = mean_over_dims(((x - x_hat) / expand(denoiser.schedule(t)[1], x)) ** 2)
-    return LossOutput(per_sample.mean(), per_sample, x_hat, x, z_t, t)
+    return LossOutput(per_sample.mean(), per_sample, x_hat, x, z_t, t, x, cond)
 
 
 def consistency_loss(
     student: nn.Module,
-    x: Tensor,
-    cond: Tensor | None,
+    x: Tensor | None,
+    cond: Any,
     stage: Stage,
     *,
     teacher: nn.Module | None = None,
@@ -82,6 +80,7 @@ def consistency_loss(
     the image itself takes its place (consistency training, CT). target: the network that answers at z_s; None is the student
     itself without gradient. progress: the fraction of the run done, which sets the grid. t: (B,) in (0, 1], moved to the
     nearest grid point; noise: like x; both are drawn when not given. If the student has dropout, both its calls share one mask.
+    A stage whose z_t do not come from data needs no x: then `noise` is the pure noise that its runs start from, and must be given.
 
     The target. Let lambda = sigma / alpha, and let x_step be the x_hat for which plain DDIM makes the teacher's step z_t -> z_s
     (x_step = inverse_ddim(z_s, z_t); the teacher's x_hat itself when its step is DDIM). Asking that DDIM t->q of the student's x_hat land where DDIM s->q of x_hat(z_s, s) does,
@@ -101,41 +100,65 @@ def consistency_loss(
     grid = per_segment * stage.student_steps
     if isinstance(schedule, DiscreteSchedule) and grid > len(schedule.alphas_cumprod):
         raise InputError(f"a grid of {grid} points is finer than the schedule's {len(schedule.alphas_cumprod)} steps: lower teacher_steps")
-    if t is None:
-        i = torch.ceil(stratified_times(len(x), x.device, generator) * grid)
-    else:
+    if x is None and noise is None:
+        raise InputError("without images, pass the noise that the runs start from: its shape is the images'")
+    B, device = len(noise if x is None else x), (noise if x is None else x).device
+    if t is not None:
         i = torch.round(t.double() * grid)
+    else:
+        i = torch.ceil(stratified_times(B, device, generator) * grid)
+    if stage.share_run:  # neighbours fall through the segments of one run
+        if B % stage.run:
+            raise InputError(f"a batch of {B} cannot share teacher runs of {stage.run} states: use a multiple of {stage.run}")
+        i = i if t is not None else i.reshape(stage.run, -1).T.flatten()
+        cond = rows(cond, torch.arange(B, device=device) // stage.run * stage.run)
     i = i.long().clamp(1, grid)
     i_q = (i - 1) // per_segment * per_segment  # the top of a segment, i = q + T/K, belongs to it: the sampler starts there
     i_s = torch.maximum(i - stage.skip, i_q)
     t, s, q = (index.double() / grid for index in (i, i_s, i_q))
 
-    noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator) if noise is None else noise
-    z_t = noised(x, t, noise, schedule)
+    noise = torch.randn(x.shape, dtype=x.dtype, device=device, generator=generator) if noise is None else noise
+    z_t, x = STATES[stage.z_from](stage, x, noise, t, cond, student, teacher, generator)
     with torch.no_grad():
-        x_teacher = x if teacher is None else teacher(z_t, t, cond)
-        wide = z_t.double()
-        if teacher is None or stage.x_var is None:  # the true noise needs no adjustment
-            x_step = x_teacher.double()
-            z_s = ddim(x_step, wide, t, s, schedule)
-        else:
-            z_s = addim(x_teacher.double(), wide, t, s, schedule, _x_var(stage, x, x_teacher, teacher, z_t, t, cond))
-            x_step = inverse_ddim(z_s, wide, t, s, schedule)
+        z_s, x_step = _teacher_step(stage, x, z_t, t, s, cond, student, teacher, generator)
         # The target's call comes first and leaves the random state as it found it: the student below draws the same dropout mask.
-        with torch.random.fork_rng([] if x.device.type == "cpu" else [x.device], device_type=x.device.type):
-            x_s = (student if target is None else target)(z_s.to(x.dtype), s, cond)
-        rho = expand(_rho(t, s, q, schedule), wide)
-        x_target = ((1 - rho) * x_s + rho * x_step).to(x.dtype)
+        with torch.random.fork_rng([] if z_t.device.type == "cpu" else [z_t.device], device_type=z_t.device.type):
+            x_s = (student if target is None else target)(z_s.to(z_t.dtype), s, cond)
+        rho = expand(_rho(t, s, q, schedule), x_step)
+        x_target = ((1 - rho) * x_s + rho * x_step).to(z_t.dtype)
 
     x_hat = student(z_t, t, cond)
-    residual = expand(_weight(stage, t, q, schedule), x) * (x_target - x_hat)
+    residual = expand(_weight(stage, t, q, schedule), z_t) * (x_target - x_hat)
     if stage.distance == "squared":
         per_sample = mean_over_dims(residual**2)
     elif stage.distance == "huber":
         per_sample = torch.sqrt(mean_over_dims(residual**2) + stage.c**2) - stage.c
     else:
         per_sample = mean_over_dims(torch.sqrt(residual**2 + stage.c**2) - stage.c)
-    return LossOutput(per_sample.mean(), per_sample, x_hat, x_target, z_t, t)
+    return LossOutput(per_sample.mean(), per_sample, x_hat, x_target, z_t, t, x, cond)
+
+
+def _teacher_step(
+    stage: Stage, x: Tensor | None, z_t: Tensor, t: Tensor, s: Tensor, cond: Any, student: nn.Module, teacher: nn.Module | None, generator
+) -> tuple[Tensor, Tensor]:
+    """-> z_s, and the x_hat for which plain DDIM makes this step, both float64."""
+    schedule, z = student.schedule, z_t.double()
+    if teacher is None:  # consistency training: the true noise needs no adjustment
+        return ddim(x.double(), z, t, s, schedule), x.double()
+    x_prev = t_prev = None
+    for k in range(stage.sub_steps):
+        a, b = (t - (t - s) * n / stage.sub_steps for n in (k, k + 1))
+        x_step = teacher(z.to(z_t.dtype), a, cond).double()
+        if stage.noise:
+            z = er_sde(x_step, z, a, b, schedule, x_prev, t_prev, stage.noise, generator)
+            x_prev, t_prev = (x_step, a) if stage.order == 2 else (None, None)
+        elif stage.x_var:
+            z = addim(x_step, z, a, b, schedule, _x_var(stage, x, x_step, teacher, z, a, cond))
+        else:
+            z = ddim(x_step, z, a, b, schedule)
+    if stage.sub_steps == 1 and not stage.noise and not stage.x_var:
+        return z, x_step
+    return z, inverse_ddim(z, z_t.double(), t, s, schedule)
 
 
 def _rho(t: Tensor, s: Tensor, q: Tensor, schedule: Schedule) -> Tensor:

@@ -40,6 +40,24 @@ class Stage:
     """With r the weighted difference: sqrt(mean(r^2) + c^2) - c for each sample, mean(sqrt(r^2 + c^2) - c), or mean(r^2)."""
     c: float = 1e-4
     """The pseudo-Huber constant, in units of r."""
+    sub_steps: int = 1
+    """In how many equal solver steps the teacher goes from z_t to z_s."""
+    noise: float | Literal["ode", "sde", "er5"] = 0.0
+    """How random these steps are: DDIM's eta, or a noise scale of `er_sde`. 0: the deterministic step that `x_var` describes."""
+    order: Literal[1, 2] = 1
+    """The order of er_sde; second order needs a sub-step before, so the first one is of order 1."""
+    z_from: Literal["data", "teacher", "student"] = "data"
+    """Where z_t comes from: noised data; the teacher's own denoising run from pure noise (TLCM, arXiv 2406.05768, algorithm 1); or the
+    student's own sample, noised again (algorithm 2). The last two need no images."""
+    run: int = 8
+    """The steps of that run: the teacher's from t = 1 to t = 0 (it stops at z_t), or the student's."""
+    share_run: bool = False
+    """Whether one run of the teacher, stopping once in each of its `run` segments, serves that many samples: the same kind of states
+    for a fraction of the evaluations. The paper makes a run for each sample."""
+    target_ema: float | None = None
+    """The decay of the averaged student that answers at z_s; None: the student itself."""
+    extra: tuple[tuple[str, float], ...] = ()
+    """Further objectives (`mcm.objectives`) by name, with their weights."""
 
     def __post_init__(self):
         if self.student_steps < 1:

@@ -68,3 +68,68 @@ def addim(x_hat: Tensor, z_t: Tensor, t: Tensor, s: Tensor, schedule: Schedule, 
     # sqrt(sigma_s^2 + extra) - sigma_s, written without its cancellation
     inflation = extra / torch.where(s > 0, torch.sqrt(sigma_s**2 + extra) + sigma_s, 1.0)
     return ddim(x_hat, z_t, t, s, schedule) + expand(torch.where(s > 0, inflation, 0.0), z_t) * eps_hat
+
+
+def renoise(x_hat: Tensor, z_t: Tensor, t: Tensor, s: Tensor, schedule: Schedule, generator: torch.Generator | None = None) -> Tensor:
+    """Multistep consistency sampling (arXiv 2303.01469, algorithm 1): forget z_t and noise x_hat afresh, z_s = alpha_s x_hat + sigma_s noise."""
+    alpha_s, sigma_s = schedule(s)
+    noise = torch.randn(z_t.shape, dtype=z_t.dtype, device=z_t.device, generator=generator)
+    return expand(alpha_s, z_t) * x_hat + expand(sigma_s, z_t) * noise
+
+
+# log h(lambda) of the noise scale functions phi = lambda h(lambda) of arXiv 2309.06169, as a function of u = log lambda
+NOISE_SCALES = {
+    "ode": torch.zeros_like,  # phi = lambda: no noise, DDIM
+    "sde": lambda u: u,  # phi = lambda^2: the reverse SDE, ancestral sampling
+    "er5": lambda u: torch.logaddexp(torch.exp(0.3 * u), torch.tensor(10.0, dtype=u.dtype, device=u.device).log()),  # lambda (exp(lambda^0.3) + 10)
+}
+
+
+def er_sde(
+    x_hat: Tensor,
+    z_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    schedule: Schedule,
+    x_hat_prev: Tensor | None = None,
+    t_prev: Tensor | None = None,
+    noise_scale: float | str = "er5",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A step of an extended reverse-time SDE (arXiv 2309.06169; the teacher's step of SCott, arXiv 2403.01505).
+
+    noise_scale: "ode" (this is DDIM), "sde" (ancestral sampling: DDIM with eta = 1), "er5" (between them), or a number:
+        DDIM's eta in [0, 1]. x_hat_prev, t_prev: the prediction of the step before, at t_prev > t; with it the step is of second
+        order (not for a number). It falls back to the first order where that is undefined: no step before, or alpha(t_prev) = 0.
+
+    With lambda = sigma / alpha, phi the noise scale function and r = phi(lambda_s) / phi(lambda_t), the paper's first-order step is
+    z_s = (alpha_s / alpha_t) r z_t + alpha_s (1 - r) x_hat + alpha_s sqrt(lambda_s^2 - lambda_t^2 r^2) noise. For phi = lambda h it is
+
+        z_s = (sigma_s / sigma_t) g z_t + alpha_s (1 - g lambda_s / lambda_t) x_hat + sigma_s sqrt(1 - g^2) noise,   g = h(lambda_s) / h(lambda_t):
+
+    DDIM with a share g of the old noise and the rest fresh, which has no infinity at alpha_t = 0. The second order adds
+    alpha_s (lambda_s - lambda_t + phi(lambda_s) I) (x_hat - x_hat_prev) / (lambda_t - lambda_prev), I = integral of d lambda / phi from s to t.
+    """
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
+    log_t, log_s = (torch.log((sigma / alpha.clamp_min(1e-30)).clamp(1e-12, 1e12)) for alpha, sigma in ((alpha_t, sigma_t), (alpha_s, sigma_s)))
+    if isinstance(noise_scale, str):
+        log_h = NOISE_SCALES[noise_scale]
+        g = torch.exp(log_h(log_s) - log_h(log_t))
+    else:
+        # DDIM's sigma(eta) / sigma_s = eta sqrt(1 - alpha_t^2 / alpha_s^2) / sigma_t
+        fresh = noise_scale * torch.sqrt((1 - (alpha_t / alpha_s.clamp_min(1e-30)) ** 2).clamp_min(0)) / torch.where(sigma_t > 0, sigma_t, 1.0)
+        g = torch.sqrt((1 - fresh**2).clamp_min(0))
+    g = torch.where(s == t, 1.0, g)
+    ratio = _ratio(sigma_s, sigma_t) * g
+    noise = torch.randn(z_t.shape, dtype=z_t.dtype, device=z_t.device, generator=generator)
+    z_s = expand(ratio, z_t) * z_t + expand(alpha_s - alpha_t * ratio, z_t) * x_hat + expand(sigma_s * torch.sqrt(1 - g**2), z_t) * noise
+    if x_hat_prev is None or not isinstance(noise_scale, str):
+        return z_s
+    alpha_prev, sigma_prev = schedule(t_prev)
+    defined = (alpha_prev > 0) & (t_prev > t) & (s < t)
+    lambda_t, lambda_s, lambda_prev = (torch.exp(log_t), torch.exp(log_s), sigma_prev / torch.where(alpha_prev > 0, alpha_prev, 1.0))
+    path = log_s + (log_t - log_s) * torch.linspace(0, 1, 101, dtype=t.dtype, device=t.device)[:, None]
+    # phi(lambda_s) I, with d lambda / phi = d log lambda / h
+    integral = torch.trapezoid(torch.exp(log_h(log_s) - log_h(path)), dim=0) / 100 * (log_t - log_s) * lambda_s
+    factor = alpha_s * (lambda_s - lambda_t + integral) / torch.where(defined, lambda_t - lambda_prev, 1.0)
+    return z_s + expand(torch.where(defined, factor, 0.0), z_t) * (x_hat - x_hat_prev)

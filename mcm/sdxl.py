@@ -1,0 +1,232 @@
+"""The thin adapter: any StableDiffusionXLPipeline as denoisers that the losses and samplers understand.
+
+One UNet carries several sets of weights under names: None is the pipeline's own (the teacher), and "student", "target", "average",
+... are LoRAs on it, switched on only while they are asked; or, with full fine-tuning, copies of the UNet. Text is encoded once
+and kept; the VAE is used only to encode images that are given and to decode images that are wanted.
+"""
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .denoiser import Denoiser
+from .errors import InputError
+from .schedule import DiscreteSchedule
+
+# The 14 module kinds of LCM-LoRA, which TLCM's release uses too.
+MODULES = [
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
+    "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+]  # fmt: skip
+DECODER = r"(up_blocks\..*\.(" + "|".join(m.replace(".", r"\.") for m in MODULES) + r")|conv_out)"
+OMEGA_CHANNELS = 256  # of the embedding of the guidance scale (arXiv 2310.04378), as diffusers' pipelines compute it
+
+
+class Condition(NamedTuple):
+    """What an SDXL UNet is told. states: (B, tokens, width) of both text encoders; pooled: (B, width); time_ids: (B, 6); omega: (B,)
+    the guidance scale w - 1 for students that take it, or None."""
+
+    states: Tensor
+    pooled: Tensor
+    time_ids: Tensor
+    omega: Tensor | None = None
+
+
+def unconditional(cond: Condition) -> Condition:
+    """Zeros in place of the text, the same time ids (the pipeline's force_zeros_for_empty_prompt)."""
+    return cond._replace(states=torch.zeros_like(cond.states), pooled=torch.zeros_like(cond.pooled))
+
+
+@contextmanager
+def active(unet: nn.Module, name: str | None) -> Iterator[None]:
+    """Within this block the LoRA of this name, and no other, is on. What requires gradients does not change (unlike with
+    peft's set_adapter), so that a student's backward pass may come after its teacher was asked."""
+    layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = [] if name is None else [name]
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before):
+            layer._active_adapter = value
+
+
+def checkpoint_gradients(unet: UNet2DConditionModel) -> None:
+    """Trade time for memory: recompute activations in the backward pass, under the LoRA that was on in the forward pass. (By default
+    they are recomputed under whichever is on later, and the gradients are silently wrong.)"""
+
+    def run(block, *args):
+        name = next((m._active_adapter for m in unet.modules() if isinstance(m, BaseTunerLayer)), None)
+
+        def under_the_same(*inputs):
+            with active(unet, name[0] if name else None):
+                return block(*inputs)
+
+        return checkpoint(under_the_same, *args, use_reentrant=False)
+
+    unet.enable_gradient_checkpointing(run)
+
+
+class Network(nn.Module):
+    """network(z, index, cond) for a Denoiser: the UNet under one set of weights. z: (B, 4, H, W); index: (B,) of the schedule."""
+
+    def __init__(self, unet: UNet2DConditionModel, name: str | None):
+        super().__init__()
+        self.unet, self.name = unet, name
+
+    def forward(self, z: Tensor, index: Tensor, cond: Condition) -> Tensor:
+        omega = None
+        if self.unet.config.time_cond_proj_dim:
+            if cond.omega is None:
+                raise InputError("this UNet takes the guidance scale as an input: pass a condition with omega")
+            omega = get_timestep_embedding(cond.omega.float() * 1000, self.unet.config.time_cond_proj_dim, flip_sin_to_cos=False, downscale_freq_shift=1).to(z.dtype)
+        added = {"text_embeds": cond.pooled.to(z.dtype), "time_ids": cond.time_ids.to(z.dtype)}
+        with active(self.unet, self.name):
+            return self.unet(z, index, cond.states.to(z.dtype), timestep_cond=omega, added_cond_kwargs=added, return_dict=False)[0]
+
+
+class SDXL:
+    """A pipeline and the sets of weights trained on it.
+
+    rank: of the LoRAs; their alpha is the rank, so that their strength is 1 and every loader agrees on it. rank None: full
+    fine-tuning, each set of weights is a UNet of its own; with guidance_input it takes omega as an input. checkpointing: gradient
+    checkpointing. Raises InputError for a pipeline, schedule or rank that cannot work.
+    """
+
+    def __init__(self, pipe: StableDiffusionXLPipeline, rank: int | None = None, checkpointing: bool = False, guidance_input: bool = False):
+        self.pipe, self.rank, self.guidance_input, self.checkpointing = pipe, rank, guidance_input, checkpointing
+        self.device, self.unet = pipe.unet.device, pipe.unet.requires_grad_(False).eval()
+        self.schedule, self.prediction = noise_schedule(pipe.scheduler)
+        self.unets: dict[str | None, UNet2DConditionModel] = {None: self.unet}
+        self.size = pipe.unet.config.sample_size
+        for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+            if part is not None:
+                part.requires_grad_(False).eval()
+        if checkpointing:
+            checkpoint_gradients(self.unet)
+
+    def add(self, name: str, like: str | None = None, modules: list[str] | str = MODULES) -> dict[str, nn.Parameter]:
+        """A new set of weights that starts as `like` (None: the teacher). -> its parameters by name. modules: for LoRAs, which layers."""
+        if self.rank is None:
+            unet = copy.deepcopy(self.unets[like])
+            if self.guidance_input and not unet.config.time_cond_proj_dim:
+                give_guidance_input(unet)
+            self.unets[name] = unet.requires_grad_(name != "average" and name != "target")
+            if self.checkpointing:
+                checkpoint_gradients(unet)
+            return dict(unet.named_parameters())
+        self.unet.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=modules, init_lora_weights="gaussian"), name)
+        self.unets[name] = self.unet
+        weights = self.weights(name)
+        with torch.no_grad():
+            for key, value in weights.items():
+                value.data = value.data.float()
+                if like is not None:
+                    value.copy_(self.weights(like)[key])
+        for layer in self.unet.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer._active_adapter = []
+        for key, value in self.unet.named_parameters():
+            value.requires_grad_("lora_" in key)
+        return weights
+
+    def weights(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of a set of weights by name; the names do not contain the set's."""
+        if self.rank is None:
+            return dict(self.unets[name].named_parameters())
+        return {k.replace(f".{name}.", "."): v for k, v in self.unet.named_parameters() if f"lora_A.{name}." in k or f"lora_B.{name}." in k}
+
+    def denoiser(self, name: str | None = None) -> Denoiser:
+        """The teacher (None) or another set of weights, as a denoiser."""
+        return Denoiser(Network(self.unets[name], name), self.schedule, self.prediction)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], size: int | None = None, chunk: int = 64) -> Condition:
+        """Prompts -> conditions, on the CPU, computed once each. size: image side in pixels, for the time ids."""
+        unique = list(dict.fromkeys(prompts))
+        states, pooled = [], []
+        for start in range(0, len(unique), chunk):
+            a, _, b, _ = self.pipe.encode_prompt(unique[start : start + chunk], device=self.device, do_classifier_free_guidance=False)
+            states.append(a.cpu()), pooled.append(b.cpu())
+        index = torch.tensor([dict(zip(unique, range(len(unique))))[p] for p in prompts]) if len(unique) < len(prompts) else torch.arange(len(prompts))
+        size = size or self.size * self.pipe.vae_scale_factor
+        ids = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32).expand(len(prompts), 6)
+        return Condition(torch.cat(states)[index], torch.cat(pooled)[index], ids)
+
+    @torch.no_grad()
+    def to_latents(self, images: Tensor, chunk: int = 64) -> Tensor:
+        """images: (n, 3, H, W) float in [-1, 1] or uint8 -> latents (n, 4, h, w), on the CPU: the means, scaled."""
+        vae, parts = self.pipe.vae, []
+        for part in images.split(chunk):
+            part = part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part
+            parts.append((vae.encode(part.to(self.device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor).cpu())
+        return torch.cat(parts)
+
+    def to_images(self, latents: Tensor) -> Tensor:
+        """latents (n, 4, h, w) -> images (n, 3, H, W) in [-1, 1], with gradient."""
+        vae = self.pipe.vae
+        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].float()
+
+    def save(self, out: Path, name: str = "average") -> None:
+        """Write this set of weights for stock diffusers: out/pytorch_lora_weights.safetensors, or out/unet."""
+        if self.rank is None:
+            self.unets[name].save_pretrained(out / "unet")
+            return
+        layers = get_peft_model_state_dict(self.unet, adapter_name=name)  # not converted: a mixed file would lose its attention layers
+        config = {"r": self.rank, "lora_alpha": self.rank, "target_modules": MODULES}
+        StableDiffusionXLPipeline.save_lora_weights(out, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
+
+
+def give_guidance_input(unet: UNet2DConditionModel) -> None:
+    """Let a UNet take the embedding of omega (arXiv 2310.04378): a linear layer into its time embedding, zero at first."""
+    linear = unet.time_embedding.linear_1
+    unet.time_embedding.cond_proj = nn.Linear(OMEGA_CHANNELS, linear.in_features, bias=False).to(linear.weight.device, linear.weight.dtype)
+    nn.init.zeros_(unet.time_embedding.cond_proj.weight)
+    unet.register_to_config(time_cond_proj_dim=OMEGA_CHANNELS)
+
+
+def noise_schedule(scheduler) -> tuple[DiscreteSchedule, str]:
+    """-> the schedule that the pipeline's UNet was trained with, and its prediction type in our words. Raises InputError otherwise."""
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if alphas is None:
+        raise InputError(f"{type(scheduler).__name__} has no alphas_cumprod: only variance-preserving schedules of discrete steps (as SDXL's) are supported")
+    known = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x"}
+    if kind not in known:
+        raise InputError(f"prediction type {kind!r} is not supported: {', '.join(known)} are")
+    return DiscreteSchedule(alphas), known[kind]
+
+
+def load_pipeline(source: str, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
+    """A pipeline from a folder or a hub id. Raises InputError if it is not there or is not an SDXL pipeline."""
+    path = Path(source)
+    if path.exists():
+        index = path / "model_index.json"
+        if not index.is_file():
+            raise InputError(f"{source} has no model_index.json: it is not a saved diffusers pipeline")
+        kind = json.loads(index.read_text())
+        missing = [part for part in ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler") if part not in kind]
+        if missing:
+            raise InputError(f"{source} is a {kind.get('_class_name', 'pipeline of no name')}, not an SDXL pipeline: it has no {', '.join(missing)}")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        where = "the folder is damaged" if path.exists() else "it is no folder here, and the hub did not give it. Without a network, pass a folder that holds a saved pipeline"
+        raise InputError(f"{source} could not be loaded: {where} ({reason})") from None
+    if pipe.unet.config.addition_embed_type != "text_time":
+        raise InputError(f"{source} is a {type(pipe).__name__} whose UNet has addition_embed_type {pipe.unet.config.addition_embed_type!r}; SDXL's is 'text_time'")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
