@@ -9,12 +9,9 @@
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
-import os
 import platform
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -24,7 +21,8 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 import mcm
-from mcm import metrics, plots, recipes
+from mcm import cli, metrics, plots, recipes
+from mcm.cli import describe, digest, pick_device, recorded, write
 from mcm.data import ImageData, load_data, to_float
 from mcm.training import Training, train
 
@@ -175,14 +173,6 @@ def check(args: argparse.Namespace) -> None:
         mcm.UNet(args.image_size, 3, args.channels, tuple(args.multipliers), args.blocks, tuple(args.attention), 0, args.dropout)
 
 
-def pick_device(name: str | None) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    available = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name not in available:
-        raise mcm.InputError(f"--device {name} was asked for, but this machine with this build of PyTorch has only {', '.join(available)}: use --device cpu")
-    return torch.device(name)
-
-
 def stage(args: argparse.Namespace, K: int) -> recipes.Stage:
     """The student's training stage; the pieces of it that depend on K."""
     distance = args.distance if args.distance != "auto" else ("squared" if K == 1 else "huber")
@@ -272,11 +262,6 @@ def guide(teacher: mcm.Denoiser, args: argparse.Namespace, data: ImageData):
     return teacher if args.guidance == 1 else mcm.guided(teacher, args.guidance, null)
 
 
-def digest(path: Path) -> str:
-    """12 hex digits that tell one checkpoint from another."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-
-
 def generate(model, z: Tensor, labels: Tensor, steps: int, solver, device: torch.device, label: str, precision: str) -> tuple[Tensor, float]:
     """-> images (n, C, H, W) in [-1, 1] on the CPU, seconds per image."""
     started, pixels = time.perf_counter(), z.shape[-1] * z.shape[-2]
@@ -364,40 +349,12 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(path: Path, text: str) -> None:
-    """All or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 def open_out(args: argparse.Namespace) -> None:
-    """Make --out, or refuse it. run.json marks it as ours and says what it is for."""
     free = ("student_iterations", "samples", "classifier_iterations")  # these are checked where they matter
     settings = {k: v for k, v in args.preset_values.items() if k not in free}
     given = digest(args.teacher) if args.teacher else None
-    marker, mine = args.out / "run.json", {"data": args.data, "seed": args.seed, "guidance": args.guidance, "teacher": given, **settings}
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / ".writable").touch()
-        (args.out / ".writable").unlink()
-    except OSError as error:
-        raise mcm.InputError(f"--out {args.out} cannot be written to ({error.strerror}): choose another folder") from None
-    if (marker.exists() or (args.out / "results.json").exists()) and not args.resume:
-        raise mcm.InputError(f"{args.out} holds another run's results: go on with it by --resume, or choose another --out")
-    if marker.exists():
-        theirs = json.loads(marker.read_text())
-        differ = [k for k in mine if theirs.get(k) != mine[k]]
-        if differ:
-            old, new = (", ".join(f"{k} {a.get(k)}" for k in differ) for a in (theirs, mine))
-            raise mcm.InputError(f"{args.out} holds a run with {old}, but now it is {new}: give the old values, or choose another --out")
-    write(marker, json.dumps(mine))
-
-
-def recorded(argv: list[str]) -> str:
-    """The command, of every path only the last component."""
-    parts = [part.split("=", 1) for part in argv]
-    return "python run_cifar.py " + shlex.join("=".join(Path(p).name if os.sep in p else p for p in part) for part in parts)
+    mine = {"data": args.data, "seed": args.seed, "guidance": args.guidance, "teacher": given, **settings}
+    cli.open_out(args.out, mine, args.resume)
 
 
 def draw_only(args: argparse.Namespace) -> None:
@@ -448,7 +405,7 @@ def main(argv: list[str]) -> None:
     taught = None if given else teacher.metadata["seconds"]
     parts = (taught or 0) + sum(trained.values()) + evaluation
     results = {
-        "data": args.data, "seed": args.seed, "device": str(device), "hardware": describe(device), "command": recorded(argv),
+        "data": args.data, "seed": args.seed, "device": str(device), "hardware": describe(device), "command": recorded("run_cifar.py", argv),
         "versions": {"mcm": mcm.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "metric": {
             "name": "frechet", "features": f"a classifier trained on {args.data}", "dim": classifier.DIM, "n_generated": args.samples, "n_reference": len(real),
@@ -470,21 +427,8 @@ def main(argv: list[str]) -> None:
     print(f"{args.out}: results.json, results.md, samples.png, quality_vs_steps.png, training.png, previews, checkpoints, log.jsonl")
 
 
-def describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
-
-
 def run(argv: list[str]) -> int:
-    """-> the exit code: 2 for input that cannot work, with one paragraph that says why."""
-    try:
-        main(argv)
-    except mcm.InputError as error:
-        print(f"run_cifar.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; go on with --resume", file=sys.stderr)
-        return 130
-    return 0
+    return cli.run("run_cifar.py", main, argv)
 
 
 if __name__ == "__main__":

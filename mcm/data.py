@@ -1,6 +1,7 @@
 """Images and labels, in memory as bytes: digits, CIFAR-10, ImageNet 64x64, or any folder of images."""
 
 import hashlib
+import json
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -242,6 +243,41 @@ def folder(data_dir: Path, image_size: int) -> ImageData:
     if not images:
         raise InputError(f"none of the {len(paths)} images in {data_dir} could be read")
     return hold_out("folder", torch.from_numpy(np.stack(images)), torch.tensor(labels), len(classes))
+
+
+def captioned_folder(data_dir: Path, image_size: int) -> tuple[list[str], Tensor]:
+    """Captioned pictures: metadata.jsonl with a `file_name` and a `text` per line (the image-folder convention of the datasets library).
+    -> captions, pictures (n, 3, image_size, image_size) uint8, resized and centre-cropped. Raises InputError, naming the line, for
+    anything missing; unreadable images are named and skipped.
+    """
+    listing = data_dir / "metadata.jsonl"
+    if not listing.is_file():
+        raise InputError(f"{listing} is missing: captioned pictures need it, with one line of JSON each, like {{\"file_name\": \"a.png\", \"text\": \"a cat\"}}")
+    captions, pictures, skipped = [], [], 0
+    for number, line in enumerate(tqdm(listing.read_text("utf-8").splitlines(), "reading", leave=False), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            name, text = entry["file_name"], entry["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"{listing}, line {number}: no file_name and text in it ({error})") from None
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{listing}, line {number}: {name} has no caption")
+        try:
+            with Image.open(data_dir / name) as image:
+                image = center_crop(resize(flatten(image), image_size, antialias=True), [image_size, image_size])
+                pictures.append(np.array(image).transpose(2, 0, 1))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            tqdm.write(f"skipping {name}: {error}")
+            skipped += 1
+            continue
+        captions.append(text.strip())
+    if skipped:
+        print(f"{skipped} pictures could not be read and were skipped")
+    if not pictures:
+        raise InputError(f"none of the pictures that {listing} names could be read")
+    return captions, torch.from_numpy(np.stack(pictures))
 
 
 def flatten(image: Image.Image) -> Image.Image:

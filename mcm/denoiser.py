@@ -8,6 +8,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,7 +48,7 @@ class Denoiser(nn.Module):
             raise InputError("epsilon-prediction needs alpha > 0 at t = 1: clip the schedule, or predict v or x")
         self.network, self.schedule, self.prediction, self.student_steps = network, schedule, prediction, student_steps
 
-    def forward(self, z: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         # Asking a GPU whether all t are 0 would stall its queue; there the `where` of at_zero alone gives the same value.
         wide = at_least_float32(z)
         if t.device.type == "cpu" and not t.any():
@@ -65,23 +66,24 @@ class Denoiser(nn.Module):
 class Guided(nn.Module):
     """What `guided` returns; `.conditional` is the denoiser without guidance (x_var is estimated from that one)."""
 
-    def __init__(self, conditional: nn.Module, w: float | Tensor, null_cond: Tensor | None):
+    def __init__(self, conditional: nn.Module, w: float | Tensor, null_cond: Any):
         super().__init__()
         self.conditional, self.w, self.null_cond, self.schedule = conditional, w, null_cond, conditional.schedule
         self.student_steps = getattr(conditional, "student_steps", None)
 
-    def forward(self, z: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        null = self.null_cond.expand_as(cond) if isinstance(self.null_cond, Tensor) else self.null_cond
+    def forward(self, z: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        null = self.null_cond(cond) if callable(self.null_cond) else self.null_cond
+        null = null.expand_as(cond) if isinstance(null, Tensor) else null
         x_null, x_cond = self.conditional(z, t, null), self.conditional(z, t, cond)
         w = expand(self.w, z) if isinstance(self.w, Tensor) else self.w
         return x_null + w * (x_cond - x_null)
 
 
-def guided(denoiser: nn.Module, w: float | Tensor, null_cond: Tensor | None = None) -> nn.Module:
+def guided(denoiser: nn.Module, w: float | Tensor, null_cond: Any = None) -> nn.Module:
     """Classifier-free guidance: x_hat = x(null) + w (x(cond) - x(null)) (arXiv 2207.12598; w as in Imagen).
 
     w = 1 is the conditional model, w = 0 the unconditional one; papers that write cond + omega (cond - null) mean omega = w - 1.
-    w: a number or (B,). null_cond: what "no condition" is to the network; None is passed on as None.
+    w: a number or (B,). null_cond: what "no condition" is to the network, or a function that makes it from cond; None is passed on as None.
     Guiding x_hat or the predicted noise is the same thing, both being affine in each other at a given z_t.
     """
     return Guided(denoiser, w, null_cond)
@@ -108,7 +110,7 @@ class GaussianMixture(nn.Module):
         self.register_buffer("stds", stds)
         self.register_buffer("weights", weights / weights.sum())
 
-    def forward(self, z: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         z = at_least_float32(z)
         alpha, sigma = (a.to(z.dtype)[:, None] for a in self.schedule(t))  # (B, 1)
         flat, means = z.flatten(1), self.means.to(z.dtype)

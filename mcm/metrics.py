@@ -45,6 +45,12 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, most: int = 10_000,
     return inside(fake, real), inside(real, fake)
 
 
+def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
+    """The share of real samples (n, d) with a fake one (m, d) nearer than their k-th real neighbour (arXiv 2002.09797)."""
+    radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values
+    return (torch.cdist(real, fake).min(1).values <= radius).double().mean().item()
+
+
 def nearest(queries: Tensor, images: Tensor, chunk: int = 8192) -> Tensor:
     """For each query (n, C, H, W) the index of the nearest of images (uint8), by pixel distance: (n,)."""
     distance = torch.cat([torch.cdist(queries.flatten(1), to_float(part).flatten(1)) for part in images.split(chunk)], dim=1)

@@ -1,6 +1,9 @@
 """The three pictures of a run. Colours are the Okabe-Ito set, which colour-blind readers can tell apart."""
 
 import json
+import re
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -14,18 +17,23 @@ from torchvision.utils import make_grid
 COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A"]
 
 
-def sample_rows(rows: dict[str, Tensor], path: Path, scale: int = 4) -> None:
-    """rows: label -> images (n, C, H, W) in [-1, 1], drawn one row each under a common set of columns."""
+SAMPLERS = {"ddim": "DDIM", "addim": "aDDIM", "renoise": "re-noised"}
+
+
+def sample_rows(rows: dict[str, Tensor], path: Path, scale: int = 4, columns: Sequence[str] | None = None) -> None:
+    """rows: label -> images (n, C, H, W) in [-1, 1], drawn one row each under a common set of columns; columns: their captions."""
     images = torch.cat(list(rows.values())).float().cpu()
     n, size = len(next(iter(rows.values()))), images.shape[-1] + 1
     grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=n, padding=1, pad_value=1.0)
     pixels = max(scale, -(-50 // size))  # at least 50 dots a row, to be seen
-    figure = plt.figure(figsize=((n * size * pixels + 190) / 100, (len(rows) * size * pixels + 16) / 100), dpi=100)
-    left, bottom = 190 / (n * size * pixels + 190), 8 / (len(rows) * size * pixels + 16)
-    axes = figure.add_axes((left, bottom, 1 - left - 0.005, 1 - 2 * bottom))
+    titles = [textwrap.fill(text, max(8, size * pixels // 7)) for text in columns or []]
+    foot = 8 + 13 * max((1 + text.count("\n") for text in titles), default=0)
+    width, height = n * size * pixels + 190, len(rows) * size * pixels + 8 + foot
+    figure = plt.figure(figsize=(width / 100, height / 100), dpi=100)
+    axes = figure.add_axes((190 / width, foot / height, 1 - 195 / width, 1 - (8 + foot) / height))
     axes.imshow(grid.permute(1, 2, 0), interpolation="nearest", aspect="auto")
     axes.set_yticks([size * (i + 0.5) for i in range(len(rows))], list(rows))
-    axes.set_xticks([])
+    axes.set_xticks([size * (i + 0.5) for i in range(len(titles))], titles, fontsize=7)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.savefig(path)
@@ -33,13 +41,14 @@ def sample_rows(rows: dict[str, Tensor], path: Path, scale: int = 4) -> None:
 
 
 def quality_vs_steps(results: dict, path: Path) -> None:
-    """Frechet distance against network evaluations per image: the teacher's samplers and the students."""
+    """Frechet distance against network evaluations per image, a curve for each model and sampler."""
     figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120)
     curves: dict[str, list] = {}
     for row in results["rows"]:
-        label = f"teacher, {'aDDIM' if row['sampler'] == 'addim' else 'DDIM'}" if row["model"] == "teacher" else f"students ({row['recipe']})"
+        name = re.sub(r"-\d+$", "", row.get("recipe", row["model"]))  # one curve for the students of one recipe
+        label = f"{name}, {SAMPLERS[row['sampler']]}"
         curves.setdefault(label, []).append((row["nfe"], row["frechet"]))
-    for (label, points), colour, marker in zip(curves.items(), COLOURS, "sDo^v"):
+    for (label, points), colour, marker in zip(curves.items(), COLOURS * 2, "sDo^vPX*<>dph"):
         x, y = zip(*sorted(points))
         axes.plot(x, y, marker=marker, color=colour, label=label, linewidth=1.6, markersize=5)
     ticks = sorted({row["nfe"] for row in results["rows"]})
@@ -49,9 +58,9 @@ def quality_vs_steps(results: dict, path: Path) -> None:
     axes.set_xlabel("network evaluations per image")
     axes.set_ylabel("Fréchet distance (lower is better)")
     metric = results["metric"]
-    axes.set_title(f"{metric['n_generated']:,} samples against {metric['n_reference']:,} training images, features of {metric['features']}", fontsize=9)
+    axes.set_title(f"{metric['n_generated']:,} samples against {metric['n_reference']:,} {metric['reference']} images, features of {metric['features']}", fontsize=9)
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

@@ -90,3 +90,79 @@ def cm(**changes) -> Stage:
 def diffusion(steps: int) -> Stage:
     """The infinity-step limit: every grid point is a segment of its own, and without a teacher the loss is the diffusion loss."""
     return Stage(steps, teacher_steps=(steps, steps), x_var=None, distance="squared")
+
+
+# --- recipes for text-to-image students: several stages, one after the other ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stage in its place in a recipe: its share of the iterations, and its learning rate as a multiple of the run's."""
+
+    stage: Stage
+    share: float = 1.0
+    lr: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """phases: trained one after the other, on the same weights. renoise: how to sample: x_hat noised afresh at every step (then one model
+    serves every number of steps), or DDIM from segment to segment (then there is a model for each number). summary: for --help."""
+
+    phases: tuple[Phase, ...]
+    renoise: bool
+    summary: str
+
+    @property
+    def needs_images(self) -> bool:
+        return any(phase.stage.z_from == "data" for phase in self.phases)
+
+
+def cm_latent(K: int) -> Recipe:
+    stage = cm(teacher_steps=(16, 64), distance="squared")
+    return Recipe((Phase(stage),), True, "consistency model (arXiv 2303.01469): one segment, from images; one model for all step counts")
+
+
+def mcm_latent(K: int) -> Recipe:
+    points = (min(4 * K, 1000), min(16 * K, 960))
+    stage = mcm(K, teacher_steps=points, x_var=None, c=1e-3, distance="squared" if K == 1 else "huber")
+    return Recipe((Phase(stage),), False, "multistep consistency model (arXiv 2403.06807): K segments, from images; one model per K")
+
+
+def lcm_latent(K: int) -> Recipe:
+    stage = Stage(1, (50, 50), x_var=None, weight="x", distance="huber_elementwise", c=1e-3, target_ema=0.95)
+    return Recipe((Phase(stage),), True, "latent consistency model (arXiv 2310.04378): one segment of 50 steps, from images; one model for all step counts")
+
+
+def mlcm_latent(K: int) -> Recipe:
+    """The paper's body was not available: 8, 4, 2 segments and their shares are inferred, the rest is TLCM's first stage."""
+
+    def stage(segments: int, **changes) -> Stage:
+        return Stage(segments, (1000, 1000), skip=20, x_var=None, weight="q", distance="squared", z_from="teacher", run=8, **changes)
+
+    phases = (Phase(stage(8), 0.4), Phase(stage(4), 0.25), Phase(stage(2), 0.25), Phase(stage(2, extra=(("preference", 0.02),)), 0.1, 0.3))
+    return Recipe(phases, True, "multistep latent consistency (arXiv 2406.05768v1-3): 8, then 4, then 2 segments, then a preference; from prompts alone; one model for all step counts")
+
+
+def tlcm_latent(K: int) -> Recipe:
+    """Shares and rates are the paper's: 12,000, 2,000, 500 and 1,000 iterations, at 1e-4 and then 1e-5."""
+    first = Stage(8, (1000, 1000), skip=20, x_var=None, weight="q", distance="squared", z_from="teacher", run=8)
+
+    def later(**changes) -> Stage:
+        return Stage(1, (8, 8), x_var=None, weight="x", distance="squared", sub_steps=3, z_from="student", run=4, **changes)
+
+    matching = (("distribution_matching", 1.0), ("adversarial_diffused", 0.02))
+    phases = (Phase(first, 0.77), Phase(later(), 0.13, 0.1), Phase(later(extra=(("preference", 0.02),)), 0.03, 0.1), Phase(later(extra=matching), 0.07, 0.1))
+    return Recipe(phases, True, "training-free-of-images latent consistency (arXiv 2406.05768v6): 8 segments, then all at once on its own samples, preference, distribution matching, adversary; from prompts alone; one model for all step counts")
+
+
+def scott_latent(K: int) -> Recipe:
+    stage = Stage(
+        1, (1000, 1000), skip=24, x_var=None, weight="x", distance="squared", sub_steps=3, noise="er5", order=2, target_ema=0.95,
+        extra=(("adversarial", 0.4),),
+    )  # fmt: skip
+    return Recipe((Phase(stage),), True, "stochastic consistency distillation (arXiv 2403.01505): the teacher's steps are an SDE's, with an adversary, from images; one model for all step counts")
+
+
+RECIPES = {"cm": cm_latent, "lcm": lcm_latent, "mcm": mcm_latent, "mlcm": mlcm_latent, "tlcm": tlcm_latent, "scott": scott_latent}
+"""Recipes by name, as functions of the number of steps K, which only those with a model per K heed."""

@@ -100,13 +100,12 @@ class Network(nn.Module):
 class SDXL:
     """A pipeline and the sets of weights trained on it.
 
-    rank: of the LoRAs; their alpha is the rank, so that their strength is 1 and every loader agrees on it. rank None: full
-    fine-tuning, each set of weights is a UNet of its own; with guidance_input it takes omega as an input. checkpointing: gradient
-    checkpointing. Raises InputError for a pipeline, schedule or rank that cannot work.
+    rank: of the LoRAs; their alpha is the rank, so that their strength is 1 and every loader agrees on it. checkpointing: gradient
+    checkpointing. Raises InputError for a schedule or a rank that cannot work.
     """
 
-    def __init__(self, pipe: StableDiffusionXLPipeline, rank: int | None = None, checkpointing: bool = False, guidance_input: bool = False):
-        self.pipe, self.rank, self.guidance_input, self.checkpointing = pipe, rank, guidance_input, checkpointing
+    def __init__(self, pipe: StableDiffusionXLPipeline, rank: int, checkpointing: bool = False):
+        self.pipe, self.rank, self.checkpointing = pipe, rank, checkpointing
         self.device, self.unet = pipe.unet.device, pipe.unet.requires_grad_(False).eval()
         self.schedule, self.prediction = noise_schedule(pipe.scheduler)
         self.unets: dict[str | None, UNet2DConditionModel] = {None: self.unet}
@@ -117,16 +116,19 @@ class SDXL:
         if checkpointing:
             checkpoint_gradients(self.unet)
 
-    def add(self, name: str, like: str | None = None, modules: list[str] | str = MODULES) -> dict[str, nn.Parameter]:
-        """A new set of weights that starts as `like` (None: the teacher). -> its parameters by name. modules: for LoRAs, which layers."""
-        if self.rank is None:
-            unet = copy.deepcopy(self.unets[like])
-            if self.guidance_input and not unet.config.time_cond_proj_dim:
+    def add(self, name: str, like: str | None = None, modules: list[str] | str = MODULES, full: bool = False, guidance_input: bool = False) -> dict[str, nn.Parameter]:
+        """A new set of weights that starts as `like` (None: the teacher). -> its parameters by name.
+
+        modules: which layers get a LoRA. full: a copy of the whole UNet instead; with guidance_input it takes omega as an input.
+        """
+        if full:
+            unet = copy.deepcopy(self.unets[like]).float()
+            if guidance_input and not unet.config.time_cond_proj_dim:
                 give_guidance_input(unet)
-            self.unets[name] = unet.requires_grad_(name != "average" and name != "target")
+            self.unets[name] = unet.requires_grad_(True)
             if self.checkpointing:
                 checkpoint_gradients(unet)
-            return dict(unet.named_parameters())
+            return self.weights(name)
         self.unet.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=modules, init_lora_weights="gaussian"), name)
         self.unets[name] = self.unet
         weights = self.weights(name)
@@ -135,7 +137,7 @@ class SDXL:
                 value.data = value.data.float()
                 if like is not None:
                     value.copy_(self.weights(like)[key])
-        for layer in self.unet.modules():
+        for layer in self.unet.modules():  # all off, and all trainable: peft has switched the new one on and frozen the others
             if isinstance(layer, BaseTunerLayer):
                 layer._active_adapter = []
         for key, value in self.unet.named_parameters():
@@ -144,9 +146,14 @@ class SDXL:
 
     def weights(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of a set of weights by name; the names do not contain the set's."""
-        if self.rank is None:
+        if self.unets[name] is not self.unet:
             return dict(self.unets[name].named_parameters())
         return {k.replace(f".{name}.", "."): v for k, v in self.unet.named_parameters() if f"lora_A.{name}." in k or f"lora_B.{name}." in k}
+
+    def remove(self, name: str) -> None:
+        """Forget a set of weights."""
+        if self.unets.pop(name) is self.unet:
+            self.unet.delete_adapters(name)
 
     def denoiser(self, name: str | None = None) -> Denoiser:
         """The teacher (None) or another set of weights, as a denoiser."""
@@ -181,12 +188,24 @@ class SDXL:
 
     def save(self, out: Path, name: str = "average") -> None:
         """Write this set of weights for stock diffusers: out/pytorch_lora_weights.safetensors, or out/unet."""
-        if self.rank is None:
+        if self.unets[name] is not self.unet:
             self.unets[name].save_pretrained(out / "unet")
             return
         layers = get_peft_model_state_dict(self.unet, adapter_name=name)  # not converted: a mixed file would lose its attention layers
         config = {"r": self.rank, "lora_alpha": self.rank, "target_modules": MODULES}
         StableDiffusionXLPipeline.save_lora_weights(out, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
+
+
+    def load(self, name: str, out: Path, full: bool = False) -> None:
+        """Take back, under this name, weights that `save` wrote to `out`."""
+        if full:
+            self.unets[name] = UNet2DConditionModel.from_pretrained(out / "unet").to(self.device)
+            return
+        tensors, _ = StableDiffusionXLPipeline.lora_state_dict(out)
+        weights = self.add(name)
+        with torch.no_grad():
+            for key, value in weights.items():
+                value.copy_(tensors[f"unet.{key}"])
 
 
 def give_guidance_input(unet: UNet2DConditionModel) -> None:

@@ -1,0 +1,76 @@
+"""What the two scripts share: devices, files written whole, a folder that belongs to one run, errors as exit codes."""
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .errors import InputError
+
+
+def pick_device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    available = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name not in available:
+        raise InputError(f"--device {name} was asked for, but this machine with this build of PyTorch has only {', '.join(available)}: use --device cpu")
+    return torch.device(name)
+
+
+def describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def digest(path: Path) -> str:
+    """12 hex digits that tell one checkpoint from another."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def write(path: Path, text: str) -> None:
+    """All or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def open_out(out: Path, mine: dict, resume: bool) -> None:
+    """Make the folder of a run, or refuse it. run.json marks it as ours and says what it is for (`mine`, as JSON would give it back)."""
+    marker = out / "run.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written to ({error.strerror}): choose another folder") from None
+    if (marker.exists() or (out / "results.json").exists()) and not resume:
+        raise InputError(f"{out} holds another run's results: go on with it by --resume, or choose another --out")
+    if marker.exists():
+        theirs = json.loads(marker.read_text())
+        differ = [k for k in mine if theirs.get(k) != mine[k]]
+        if differ:
+            old, new = (", ".join(f"{k} {a.get(k)}" for k in differ) for a in (theirs, mine))
+            raise InputError(f"{out} holds a run with {old}, but now it is {new}: give the old values, or choose another --out")
+    write(marker, json.dumps(mine))
+
+
+def recorded(script: str, argv: list[str]) -> str:
+    """The command, of every path only the last component."""
+    parts = [part.split("=", 1) for part in argv]
+    return f"python {script} " + shlex.join("=".join(Path(p).name if os.sep in p else p for p in part) for part in parts)
+
+
+def run(script: str, main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """-> the exit code: 2 for input that cannot work, with one paragraph that says why."""
+    try:
+        main(argv)
+    except InputError as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; go on with --resume", file=sys.stderr)
+        return 130
+    return 0

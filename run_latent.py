@@ -1,0 +1,482 @@
+#!/usr/bin/env python3
+"""Text-to-image, from top to bottom: an SDXL pipeline, few-step students of it by several recipes, a table, pictures.
+
+    python run_latent.py                                        a tiny SDXL trained here on drawn shapes, then MLCM; no download
+    python run_latent.py --recipe all                           every recipe from the same teacher, side by side
+    python run_latent.py --data DIR                             the tiny pipeline on your captioned pictures (metadata.jsonl: file_name, text)
+    python run_latent.py --pretrained DIR_OR_ID --prompts FILE  a full SDXL checkpoint, from prompts alone
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor
+
+import mcm
+from mcm import cli, metrics, plots, shapes
+from mcm.cli import describe, digest, pick_device, recorded, write
+from mcm.data import captioned_folder, to_float
+from mcm.distil import Captioned, distil
+from mcm.recipes import RECIPES, Recipe
+from mcm.sampling import milestones, rows
+from mcm.scheduler import MCMScheduler, re_noising_timesteps, uniform_timesteps
+from mcm.scorer import CLIPReward, train_scorer
+from mcm.sdxl import SDXL, load_pipeline, unconditional
+from mcm.tiny_sdxl import train_tiny_sdxl
+from mcm.training import Training
+
+# What a run is made of; every value can be overridden by the option of the same name.
+TINY = dict(
+    pictures=16_000, vae_iterations=1600, teacher_iterations=2000, iterations=400, batch=64, lr=1e-3, rank=32, guidance=2.0, ema=0.95, samples=1000, scorer_iterations=400, image_size=32,
+)  # fmt: skip
+PRESETS = {
+    "default": ("about 15 minutes on 2 CPU cores", TINY),
+    "long": ("a few hours on 2 CPU cores", TINY | dict(vae_iterations=4000, teacher_iterations=12_000, iterations=2400, ema=0.99)),
+    "tiny": (
+        "about a minute on 2 CPU cores, for trying things out; the pictures are not good",
+        TINY | dict(pictures=500, vae_iterations=60, teacher_iterations=60, iterations=20, batch=16, samples=130, scorer_iterations=30),
+    ),
+    "pretrained": ("one GPU; see the README for memory", TINY | dict(iterations=12_000, batch=4, lr=1e-4, rank=64, guidance=8.0, ema=0.99, samples=200)),
+}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    epilog = "recipes:\n" + "".join(f"  {name:7}{make(4).summary}\n" for name, make in RECIPES.items())
+    epilog += "\npresets (pretrained is the one used with --pretrained):\n"
+    for name, (cost, values) in PRESETS.items():
+        epilog += f"  {name}: {cost}\n    {', '.join(f'{k} {v}' for k, v in values.items())}\n"
+    parser = argparse.ArgumentParser(prog="run_latent.py", description=__doc__, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    group = parser.add_argument_group("what to run")
+    group.add_argument("--recipe", nargs="+", default=["mlcm"], metavar="NAME", help=f"{', '.join(RECIPES)}, several of them, or all (default: mlcm)")
+    group.add_argument("--pretrained", metavar="DIR_OR_ID", help="an SDXL pipeline: a folder, or an id on the hub (default: a tiny one, trained here)")
+    group.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line, for the recipes that need no images")
+    group.add_argument("--data", type=Path, metavar="DIR", help="captioned pictures: metadata.jsonl with file_name and text (default: drawn shapes)")
+    group.add_argument("--preset", choices=[p for p in PRESETS if p != "pretrained"], default="default", help="listed below (default: default)")
+    group.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K", help="sampling steps to measure; mcm trains a model for each (default: 1 2 4 8)")
+    group.add_argument("--resume", action="store_true", help="go on with the run in --out: what is finished is not repeated")
+
+    group = parser.add_argument_group("where and how")
+    group.add_argument("--out", type=Path, default=Path("runs/latent"), metavar="DIR", help="results, pictures, and a folder for each student (default: runs/latent)")
+    group.add_argument("--pipeline", type=Path, metavar="DIR", help="where the tiny pipeline is kept and found again (default: runs/tiny-sdxl-...)")
+    group.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one, else cpu)")
+    group.add_argument("--precision", choices=["fp32", "bf16"], help="of the networks; losses are float32 (default: bf16 for --pretrained on a GPU, else fp32)")
+    group.add_argument("--full", action="store_true", help="fine-tune the whole UNet instead of a LoRA")
+    group.add_argument("--guidance-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="with --full: draw the teacher's guidance from this range and tell the student")
+    group.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, more time")
+    group.add_argument("--accumulate", type=int, default=1, metavar="PARTS", help="put the batch through the network in this many parts (default: 1)")
+    group.add_argument("--clip", metavar="DIR_OR_ID", help="a CLIP model as the reward, in place of the small scorer trained here")
+    group.add_argument("--seed", type=int, default=0, help="of the students; the teacher's is always 0 (default: 0)")
+    group.add_argument("--save-every", type=int, default=200, metavar="STEPS", help="training steps between checkpoints (default: 200)")
+
+    group = parser.add_argument_group("preset values")
+    group.add_argument("--pictures", type=int, help="drawn shapes to train on")
+    group.add_argument("--image-size", type=int, metavar="PIXELS", help="pictures of --data are resized and cropped to this, for the tiny pipeline")
+    group.add_argument("--vae-iterations", type=int, metavar="STEPS", help="training steps of the tiny autoencoder")
+    group.add_argument("--teacher-iterations", type=int, metavar="STEPS", help="training steps of the tiny UNet and its text encoders")
+    group.add_argument("--scorer-iterations", type=int, metavar="STEPS", help="training steps of the two small scorers: the reward and the evaluator")
+    group.add_argument("--iterations", type=int, metavar="STEPS", help="training steps of a student, over all phases of its recipe")
+    group.add_argument("--batch", type=int, help="samples per training step of a student")
+    group.add_argument("--lr", type=float, help="peak learning rate of a student")
+    group.add_argument("--rank", type=int, help="of the LoRA; its alpha is the same")
+    group.add_argument("--guidance", type=float, metavar="W", help="of the teacher: x(null) + W (x(prompt) - x(null)); diffusers' guidance_scale")
+    group.add_argument("--ema", type=float, help="decay of the averaged weights that are saved and measured, per step")
+    group.add_argument("--samples", type=int, help="pictures per row of the table")
+    args = parser.parse_args(argv)
+
+    args.preset = "pretrained" if args.pretrained else args.preset
+    args.cost, preset = PRESETS[args.preset]
+    for name, value in preset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.argv = argv
+    args.values = {name: getattr(args, name) for name in preset}
+    args.recipe = list(RECIPES) if args.recipe == ["all"] else args.recipe
+    args.guidance_range = tuple(args.guidance_range) if args.guidance_range else None
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Everything that can be seen to be wrong before any work is done."""
+    unknown = [r for r in args.recipe if r not in RECIPES]
+    if unknown:
+        raise mcm.InputError(f"unknown recipe {unknown[0]!r}: choose {', '.join(RECIPES)}, or all")
+    if args.prompts and not args.pretrained:
+        raise mcm.InputError("--prompts goes with --pretrained: a tiny pipeline knows only the words of its own captions")
+    imageless = args.pretrained and not args.data
+    needing = [r for r in args.recipe if RECIPES[r](4).needs_images]
+    if imageless and needing:
+        raise mcm.InputError(f"{', '.join(needing)} learn from images: add captioned pictures by --data, or choose mlcm or tlcm, which need prompts alone")
+    if imageless and not args.prompts:
+        raise mcm.InputError("--pretrained needs something to learn from: --prompts FILE, or --data DIR")
+    if min(args.steps) < 1 or len(set(args.steps)) < len(args.steps):
+        raise mcm.InputError(f"--steps {' '.join(map(str, args.steps))} must be positive and each named once")
+    if max(args.steps) > 8 and any(RECIPES[r](4).renoise for r in args.recipe):
+        raise mcm.InputError(f"--steps {max(args.steps)}: the timesteps of re-noising students are tabulated for 1 to 8 steps")
+    for name in ("pictures", "vae_iterations", "teacher_iterations", "scorer_iterations", "iterations", "batch", "lr", "rank", "samples", "accumulate", "save_every", "image_size"):
+        if getattr(args, name) <= 0:
+            raise mcm.InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    if args.batch % args.accumulate:
+        raise mcm.InputError(f"--batch {args.batch} cannot be cut into {args.accumulate} equal parts")
+    if args.samples < 2 * 64:
+        raise mcm.InputError(f"--samples {args.samples} is too few for a covariance of 64 features: use at least 128")
+    if not 0 <= args.ema < 1 or not 0 <= args.seed < 2**31:
+        raise mcm.InputError("--ema must be at least 0 and below 1, --seed between 0 and 2147483647")
+    if args.guidance_range and not args.full:
+        raise mcm.InputError("--guidance-range needs --full: a LoRA has no input for the guidance")
+
+
+# --- what to learn from, and what to be measured against --------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """prompts and pictures (n, 3, S, S uint8, or None) to train on; asked: the held-out prompts of the table; real: held-out pictures;
+    scenes: of the asked prompts, where an exact reader can judge pictures of them."""
+
+    name: str
+    prompts: list[str]
+    pictures: Tensor | None
+    asked: list[str]
+    real: Tensor | None
+    scenes: list[shapes.Scene] | None = None
+
+
+def load_world(args: argparse.Namespace) -> World:
+    if args.data:
+        size = args.image_size
+        prompts, pictures = captioned_folder(args.data, size)
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
+        held, kept = order[: len(order) // 10], order[len(order) // 10 :]
+        if len(held) < 128:
+            raise mcm.InputError(f"{args.data} has {len(prompts)} captioned pictures; at least 1,280 are needed, to hold a tenth out for measuring")
+        asked = [prompts[i] for i in held][: args.samples]
+        return World(args.data.name, [prompts[i] for i in kept], pictures[kept], asked, pictures[held])
+    if args.prompts:
+        prompts = read_prompts(args.prompts)
+        return World(args.prompts.stem, prompts[: -len(prompts) // 10] or prompts, None, [prompts[-1 - i % len(prompts)] for i in range(args.samples)], None)
+    train, held = shapes.split_scenes()
+    pool, scenes = shapes.choose(train, args.pictures, 0), shapes.choose(held, args.samples, 1)
+    real = shapes.draw(shapes.choose(held, 4 * args.samples, 2), 3)
+    return World("shapes", [s.caption() for s in pool], shapes.draw(pool, 0), [s.caption() for s in scenes], real, scenes)
+
+
+def read_prompts(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise mcm.InputError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        raise mcm.InputError(f"{path} cannot be read ({error.strerror})") from None
+    lines = [line for line in lines if line]
+    if not lines:
+        raise mcm.InputError(f"{path} has no prompts: write one per line")
+    return lines
+
+
+# --- sampling and measuring ---------------------------------------------------------------------------------------------------
+
+
+def generate(sdxl: SDXL, model, cond, z: Tensor, solver, times: Sequence[float] | int, seed: int, label: str) -> tuple[Tensor, float]:
+    """-> pictures (n, 3, H, W) in [-1, 1] on the CPU, seconds per picture. The same z and seed give all rows the same noise."""
+    started, device, chunk = time.perf_counter(), sdxl.device, 64 if sdxl.size <= 16 else 1
+    options = {"steps": times} if isinstance(times, int) else {"times": times}
+    generator, parts = torch.Generator(device).manual_seed(seed), []
+    with torch.autocast(device.type, torch.bfloat16, enabled=sdxl.unet.dtype == torch.bfloat16), torch.no_grad():
+        for start in range(0, len(z), chunk):
+            index = slice(start, start + chunk)
+            here = type(cond)(*(None if c is None else c.to(device) for c in rows(cond, index)))
+            parts.append(sdxl.to_images(mcm.sample(model, z[index].to(device), cond=here, solver=solver, generator=generator, **options)).clamp(-1, 1).cpu())
+    return torch.cat(parts), (time.perf_counter() - started) / len(z)
+
+
+class Judge:
+    """Measures rows of pictures, and keeps what it measured in rows.json, so that a resumed run repeats nothing."""
+
+    def __init__(self, args, world: World, sdxl: SDXL, reward, evaluator, same: dict):
+        self.args, self.world, self.sdxl, self.reward, self.evaluator = args, world, sdxl, reward, evaluator
+        self.cond = sdxl.encode(world.asked)
+        self.z = torch.randn(len(world.asked), 4, sdxl.size, sdxl.size, generator=torch.Generator().manual_seed(args.seed + 1_000_000))
+        self.store, self.same, self.reference = args.out / "rows.json", same, None
+        saved = json.loads(self.store.read_text()) if args.resume and self.store.is_file() else {}
+        self.rows = saved["rows"] if saved.get("of") == same else {}
+        self.real = None if world.real is None else self.features(to_float(world.real))
+
+    def features(self, pictures: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([self.evaluator.features(part.to(self.sdxl.device)).cpu() for part in pictures.split(500)])
+
+    def teacher_pictures(self) -> Tensor:
+        if self.reference is None:
+            self.reference = generate(self.sdxl, self.teacher(), self.cond, self.z, mcm.ddim, 25, self.args.seed, "teacher, 25 steps")
+        return self.reference[0]
+
+    def teacher(self):
+        return mcm.guided(self.sdxl.denoiser(), self.args.guidance, unconditional)
+
+    def measure(self, key: str, of: str, row: dict, model, cond, solver, times) -> None:
+        """One row, unless it is there for the same weights (`of`)."""
+        if self.rows.get(key, {}).get("of") == of:
+            return
+        target = self.teacher_pictures()
+        if key == "teacher ddim 25":
+            pictures, seconds = self.reference
+        else:
+            pictures, seconds = generate(self.sdxl, model, cond, self.z, solver, times, self.args.seed, key)
+        row = row | self.figures(pictures, target) | {"seconds_per_image": seconds}
+        self.rows[key] = {"of": of, "row": row}
+        write(self.store, json.dumps({"of": self.same, "rows": self.rows}))
+        print(line(row))
+
+    def figures(self, pictures: Tensor, target: Tensor) -> dict:
+        world, row = self.world, {}
+        with torch.no_grad():
+            score = torch.cat([self.reward(pictures[i : i + 100].to(self.sdxl.device), world.asked[i : i + 100]).cpu() for i in range(0, len(pictures), 100)])
+        features = None if self.evaluator is None else self.features(pictures)
+        if self.real is not None:
+            precision, recall = metrics.precision_recall(self.real[: len(features)], features)
+            row = {"frechet": metrics.frechet(self.real, features), "precision": precision, "recall": recall, "coverage": metrics.coverage(self.real[: len(features)], features)}
+        if world.scenes:
+            row["alignment"] = shapes.alignment(pictures, world.scenes).double().mean().item()
+        elif features is not None:
+            row["alignment"] = retrieval(self.evaluator, features, world.asked)
+        row |= {"reward": score.mean().item(), "rmse_to_teacher": (pictures - target).square().mean().sqrt().item()}
+        return {k: None if not math.isfinite(v) else v for k, v in row.items()}
+
+
+def retrieval(evaluator, features: Tensor, prompts: list[str], among: int = 32) -> float:
+    """The share of pictures whose own prompt scores highest among 32."""
+    right = []
+    with torch.no_grad():
+        for start in range(0, len(prompts), among):
+            part = prompts[start : start + among]
+            logits = evaluator.logits(features[start : start + among].to(evaluator.places.device), part).cpu()
+            right += [part[i] == part[j] for i, j in enumerate(logits.argmax(1).tolist())]
+    return sum(right) / len(right)
+
+
+COLUMNS = {"frechet": 3, "coverage": 3, "precision": 3, "recall": 3, "alignment": 3, "reward": 2, "rmse_to_teacher": 3, "seconds_per_image": 4}
+
+
+def line(row: dict) -> str:
+    figures = ["" if row.get(key) is None else f"{row[key]:.{n}f}" for key, n in COLUMNS.items()]
+    return f"| {' | '.join([row.get('recipe') or row['model'], row['sampler'], str(row['steps']), str(row['nfe']), *figures])} |"
+
+
+def table(results: dict) -> str:
+    """results.md, and what is printed."""
+    metric = results["metric"]
+    lines = [
+        f"{results['data']}, seed {results['seed']}: {metric['n_generated']:,} held-out prompts. Fréchet distance, coverage, precision and recall in {metric['dim']} features of",
+        f"{metric['features']}, against {metric['n_reference']:,} held-out pictures (not FID). Alignment: {metric['alignment']}.",
+        "Undistilled: the teacher's own weights in the students' sampler. NFE: network evaluations per picture.",
+        "",
+        "| model | sampler | steps | NFE | Fréchet | coverage | precision | recall | alignment | reward | RMSE to teacher | s/image |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [line(row) for row in results["rows"]]
+    spent = ", ".join(f"{name} {s:.0f}" for name, s in results["seconds"]["students"].items())
+    lines += ["", f"Seconds: pipeline {results['seconds']['teacher']:.0f}, students {spent}, total {results['seconds']['total']:.0f} ({results['hardware']})."]
+    return "\n".join(lines) + "\n"
+
+
+# --- the run ------------------------------------------------------------------------------------------------------------------
+
+
+def open_out(args: argparse.Namespace) -> None:
+    mine = {"pretrained": args.pretrained and Path(args.pretrained).name, "data": args.data and args.data.name, "seed": args.seed, "full": args.full} | {
+        k: v for k, v in args.values.items() if k != "samples"
+    }
+    cli.open_out(args.out, mine, args.resume)
+
+
+def training(args, iterations: int, batch: int, lr: float, seed: int = 0, **changes) -> Training:
+    values = dict(warmup=min(100, iterations // 10 + 1), seed=seed, log_every=min(100, max(5, iterations // 40)), save_every=args.save_every)
+    return Training(iterations, batch, lr=lr, **values | changes)
+
+
+def get_pipeline(args, world: World, device: torch.device):
+    """-> the pipeline, where it is, whether it was there before."""
+    if args.pretrained:
+        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+        return load_pipeline(args.pretrained, dtype, device), args.pretrained
+    mark = hashlib.sha256(repr((world.name, len(world.prompts), world.prompts[:100], args.vae_iterations, args.teacher_iterations, args.image_size)).encode()).hexdigest()[:8]
+    folder = args.pipeline or args.out.parent / f"tiny-sdxl-{world.name}-{mark}"
+    if (folder / "model_index.json").is_file():
+        print(f"the tiny pipeline is there already: {folder}")
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        vae = training(args, args.vae_iterations, 16, 1e-3)
+        train_tiny_sdxl(world.prompts, world.pictures, folder, vae, training(args, args.teacher_iterations, 48, 1e-3))
+    return load_pipeline(str(folder), torch.float32, device), str(folder)
+
+
+def get_scorers(args, world: World, folder: Path, device: torch.device):
+    """-> the reward that students may be trained against, the evaluator that measures them: other seeds, other pictures."""
+    if world.pictures is None:
+        if not args.clip and any(extra == "preference" for r in args.recipe for phase in RECIPES[r](4).phases for extra, _ in phase.stage.extra):
+            raise mcm.InputError("without pictures there is nothing to train a reward on: give --clip a CLIP model, or add --data")
+        return (CLIPReward(args.clip, device) if args.clip else lambda images, prompts: torch.zeros(len(images))), None
+    half = len(world.prompts) // 2
+    scorers = []
+    for n, (name, part) in enumerate((("reward", slice(0, half)), ("evaluator", slice(half, None)))):
+        settings = training(args, args.scorer_iterations, 96, 2e-3, seed=n + 1)
+        path = folder.parent / f"{folder.name}-{name}-{args.scorer_iterations}.safetensors"
+        scorers.append(train_scorer(world.pictures[part].to(device), world.prompts[part], settings, path))
+    return (CLIPReward(args.clip, device) if args.clip else scorers[0]), scorers[1]
+
+
+def main(argv: list[str]) -> None:
+    args, started = parse(argv), time.perf_counter()
+    check(args)
+    device = pick_device(args.device)
+    args.precision = args.precision or ("bf16" if args.pretrained and device.type == "cuda" else "fp32")
+    print(f"{', '.join(args.recipe)}; preset {args.preset}: {args.cost}")
+    world = load_world(args)
+    open_out(args)
+    pipe, source = get_pipeline(args, world, device)
+    folder = args.out / "pretrained" if args.pretrained else Path(source)
+    reward, evaluator = get_scorers(args, world, folder, device)
+    taught = time.perf_counter() - started
+
+    sdxl = SDXL(pipe, args.rank, args.checkpointing)
+    sdxl.encode(["a test"])
+    data = Captioned(world.prompts, sdxl.encode(world.prompts), None if world.pictures is None else sdxl.to_latents(world.pictures))
+    same = {"samples": args.samples, "seed": args.seed, "guidance": args.guidance, "pipeline": Path(source).name}
+    judge = Judge(args, world, sdxl, reward, evaluator, same)
+    measure_teacher(args, judge)
+    with torch.no_grad():
+        s0 = judge.reward(judge.teacher_pictures()[:100].to(device), world.asked[:100]).mean().item()
+
+    seconds = {}
+    for recipe in args.recipe:
+        for K in args.steps if not RECIPES[recipe](1).renoise else [None]:
+            name = recipe if K is None else f"{recipe}-{K}"
+            seconds[name] = student(args, judge, data, RECIPES[recipe](K or 4), recipe, name, K, (reward, s0), source)
+    report(args, judge, world, seconds, taught, started, device, source)
+
+
+def measure_teacher(args, judge: Judge) -> None:
+    """The teacher in 25 and fewer steps, and the rows that every student must beat: the teacher's weights in the students' sampler."""
+    plain, guide = judge.sdxl.denoiser(), judge.teacher()
+    for steps in sorted({25, *args.steps}, reverse=True):
+        row = {"model": "teacher", "sampler": "ddim", "steps": steps, "nfe": 2 * steps}
+        judge.measure(f"teacher ddim {steps}", "teacher", row, guide, judge.cond, mcm.ddim, steps)
+    for steps in sorted(args.steps, reverse=True):
+        for name, model, cost in (("undistilled", plain, 1), ("undistilled, guided", guide, 2)):
+            row = {"model": name, "sampler": "renoise", "steps": steps, "nfe": cost * steps}
+            judge.measure(f"{name} renoise {steps}", "teacher", row, model, judge.cond, mcm.renoise, milestones(steps))
+
+
+def student(args, judge: Judge, data: Captioned, recipe: Recipe, recipe_name: str, name: str, K: int | None, reward, source: str) -> float:
+    """Train one student, save it for stock diffusers, measure it. -> the seconds that training took."""
+    sdxl, out = judge.sdxl, args.out / name
+    weights = out / ("unet/diffusion_pytorch_model.safetensors" if args.full else "pytorch_lora_weights.safetensors")
+    finished = out / "finished.json"
+    if args.resume and finished.is_file() and weights.is_file():
+        sdxl.load("average", out, args.full)
+        seconds = json.loads(finished.read_text())["seconds"]
+    else:
+        out.mkdir(exist_ok=True)
+        settings = training(args, args.iterations, args.batch, args.lr, args.seed, ema=args.ema, accumulate=args.accumulate, precision=args.precision)
+        seconds = distil(sdxl, recipe, data, settings, args.guidance_range or args.guidance, args.out, name, args.resume, args.full, reward)
+        sdxl.save(out)
+        table = re_noising_timesteps() if recipe.renoise else uniform_timesteps([K])
+        MCMScheduler.from_config(sdxl.pipe.scheduler.config, timesteps=table).save_pretrained(out)
+        write(out / "README.md", card(args, recipe, recipe_name, out, source, K or 4))
+        write(finished, json.dumps({"seconds": round(seconds, 1)}))
+        for state in args.out.glob(f"{name}-*.state.safetensors"):
+            state.unlink()
+    cond = judge.cond
+    if args.guidance_range:
+        cond = cond._replace(omega=torch.full((len(cond.states),), args.guidance - 1.0))
+    for steps in sorted(args.steps if K is None else [K], reverse=True):
+        row = {"model": "student", "recipe": name, "sampler": "renoise" if recipe.renoise else "ddim", "steps": steps, "nfe": steps}
+        times, solver = (milestones(steps), mcm.renoise) if recipe.renoise else (steps, mcm.ddim)
+        judge.measure(f"{name} {steps}", digest(weights), row, sdxl.denoiser("average"), cond, solver, times)
+    draw_rows(args, judge, name, recipe, K, cond)
+    for which in [w for w in sdxl.unets if w]:
+        sdxl.remove(which)
+    return seconds
+
+
+def draw_rows(args, judge: Judge, name: str, recipe: Recipe, K: int | None, cond) -> None:
+    """NAME.png: the teacher's 25 steps, then the student's, the same captions and noise down each column."""
+    n, sdxl = min(10, len(judge.world.asked)), judge.sdxl
+    part = slice(0, n)
+    drawn = {"teacher, 25 steps": judge.teacher_pictures()[part]}
+    for steps in sorted(args.steps if K is None else [K], reverse=True):
+        times, solver = (milestones(steps), mcm.renoise) if recipe.renoise else (steps, mcm.ddim)
+        drawn[f"{name}, {steps} step{'s' * (steps > 1)}"] = generate(sdxl, sdxl.denoiser("average"), rows(cond, part), judge.z[part], solver, times, args.seed, "")[0]
+    plots.sample_rows(drawn, args.out / f"{name}.png", columns=judge.world.asked[part])
+
+
+def card(args, recipe: Recipe, recipe_name: str, out: Path, source: str, steps: int) -> str:
+    eta = 1.0 if recipe.renoise else 0.0
+    if args.full:
+        load = f'pipe.unet = UNet2DConditionModel.from_pretrained("{out}/unet").to(pipe.device)'
+        imports = "from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel"
+    else:
+        load, imports = f'pipe.load_lora_weights("{out}")', "from diffusers import StableDiffusionXLPipeline"
+    guidance = args.guidance if args.guidance_range else 0
+    return f"""# {recipe_name} student of {Path(source).name}
+
+{recipe.summary[0].upper() + recipe.summary[1:]}.
+
+```python
+{imports}
+from mcm.scheduler import MCMScheduler
+
+pipe = StableDiffusionXLPipeline.from_pretrained("{source}")
+{load}
+pipe.scheduler = MCMScheduler.from_pretrained("{out}")
+image = pipe("a small red circle above a large blue square on black", num_inference_steps={steps}, guidance_scale={guidance}, eta={eta}).images[0]
+image.save("image.png")
+```
+
+eta = 1 noises the prediction afresh at every step, which is how a recipe with one model for all step counts was trained; eta = 0 walks on along DDIM, as a recipe with one model per
+K does. Steps: {', '.join(MCMScheduler.from_pretrained(out).table and map(str, sorted(MCMScheduler.from_pretrained(out).table)))}. No guidance is needed: the teacher's (w = {args.guidance_range or args.guidance}) was distilled into the weights.
+Rank {args.rank}, alpha {args.rank}; seed {args.seed}; {args.iterations} iterations of {args.batch}.
+"""
+
+
+def report(args, judge: Judge, world: World, seconds: dict[str, float], taught: float, started: float, device: torch.device, source: str) -> None:
+    rows_ = [entry["row"] for entry in judge.rows.values()]
+    alignment = "pictures that an exact reader finds to show all that the caption says" if world.scenes else "own caption ranked first among 32 by a scorer that no student saw"
+    results = {
+        "data": world.name, "pipeline": Path(source).name, "seed": args.seed, "device": str(device), "hardware": describe(device), "command": recorded("run_latent.py", args.argv),
+        "versions": {"mcm": mcm.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+        "metric": {
+            "name": "frechet", "features": "a contrastive scorer trained on the other half of the pictures", "dim": 64, "n_generated": len(world.asked),
+            "n_reference": 0 if world.real is None else len(world.real), "reference": "held-out", "alignment": alignment,
+        },
+        "rows": rows_, "seconds": {"teacher": round(taught, 1), "students": seconds, "total": round(time.perf_counter() - started, 1)},
+        "settings": args.values | {"guidance_range": args.guidance_range, "full": args.full, "precision": args.precision},
+        "recipes": {name: [dataclasses.asdict(phase) for phase in RECIPES[name](4).phases] for name in args.recipe},
+    }  # fmt: skip
+    write(args.out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write(args.out / "results.md", table(results))
+    plots.quality_vs_steps(results, args.out / "quality_vs_steps.png")
+    plots.training_curves(args.out / "log.jsonl", args.out / "training.png")
+    print("\n" + table(results))
+    print(f"{args.out}: results.json, results.md, pictures, and a folder with a model card for each student")
+
+
+def run(argv: list[str]) -> int:
+    return cli.run("run_latent.py", main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
