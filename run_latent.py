@@ -33,7 +33,7 @@ from mcm.recipes import RECIPES, Recipe
 from mcm.sampling import milestones, rows
 from mcm.scheduler import MCMScheduler, re_noising_timesteps, uniform_timesteps
 from mcm.scorer import CLIPReward, train_scorer
-from mcm.sdxl import SDXL, load_pipeline, unconditional
+from mcm.sdxl import LORA_FILE, SDXL, load_pipeline, unconditional
 from mcm.tiny_sdxl import train_tiny_sdxl
 from mcm.training import Training
 
@@ -208,7 +208,7 @@ class Judge:
     def __init__(self, args, world: World, sdxl: SDXL, reward, evaluator, same: dict):
         self.args, self.world, self.sdxl, self.reward, self.evaluator = args, world, sdxl, reward, evaluator
         self.cond = sdxl.encode(world.asked)
-        self.z = torch.randn(len(world.asked), 4, sdxl.size, sdxl.size, generator=torch.Generator().manual_seed(args.seed + 1_000_000))
+        self.z = torch.randn(len(world.asked), sdxl.channels, sdxl.size, sdxl.size, generator=torch.Generator().manual_seed(args.seed + 1_000_000))
         self.store, self.same, self.reference = args.out / "rows.json", same, None
         saved = json.loads(self.store.read_text()) if args.resume and self.store.is_file() else {}
         self.rows = saved["rows"] if saved.get("of") == same else {}
@@ -351,7 +351,7 @@ def main(argv: list[str]) -> None:
     reward, evaluator = get_scorers(args, world, folder, device)
     taught = time.perf_counter() - started
 
-    sdxl = SDXL(pipe, args.rank, args.checkpointing)
+    sdxl = SDXL(pipe, args.rank, checkpointing=args.checkpointing)
     sdxl.encode(["a test"])
     data = Captioned(world.prompts, sdxl.encode(world.prompts), None if world.pictures is None else sdxl.to_latents(world.pictures))
     same = {"samples": args.samples, "seed": args.seed, "guidance": args.guidance, "pipeline": Path(source).name}
@@ -383,7 +383,7 @@ def measure_teacher(args, judge: Judge) -> None:
 def student(args, judge: Judge, data: Captioned, recipe: Recipe, recipe_name: str, name: str, K: int | None, reward, source: str) -> float:
     """Train one student, save it for stock diffusers, measure it. -> the seconds that training took."""
     sdxl, out = judge.sdxl, args.out / name
-    weights = out / ("unet/diffusion_pytorch_model.safetensors" if args.full else "pytorch_lora_weights.safetensors")
+    weights = out / ("unet/diffusion_pytorch_model.safetensors" if args.full else LORA_FILE)
     finished = out / "finished.json"
     if args.resume and finished.is_file() and weights.is_file():
         sdxl.load("average", out, args.full)
@@ -394,7 +394,7 @@ def student(args, judge: Judge, data: Captioned, recipe: Recipe, recipe_name: st
         seconds = distil(sdxl, recipe, data, settings, args.guidance_range or args.guidance, args.out, name, args.resume, args.full, reward)
         sdxl.save(out)
         table = re_noising_timesteps() if recipe.renoise else uniform_timesteps([K])
-        MCMScheduler.from_config(sdxl.pipe.scheduler.config, timesteps=table).save_pretrained(out)
+        MCMScheduler.like(sdxl.pipe.scheduler, table).save_pretrained(out)
         write(out / "README.md", card(args, recipe, recipe_name, out, source, K or 4))
         write(finished, json.dumps({"seconds": round(seconds, 1)}))
         for state in args.out.glob(f"{name}-*.state.safetensors"):

@@ -95,7 +95,7 @@ def _step(sdxl: SDXL, stage: Stage, data: Captioned, settings: Training, guidanc
             chosen = chosen[:: stage.run].repeat_interleave(stage.run)
         cond = Condition(*(None if c is None else c.to(device) for c in rows(data.cond, chosen)))
         x, w = data.latents[chosen].to(device) if stage.z_from == "data" else None, guidance
-        noise = torch.randn(len(chosen), 4, sdxl.size, sdxl.size, device=device)
+        noise = torch.randn(len(chosen), sdxl.channels, sdxl.size, sdxl.size, device=device)
         if isinstance(guidance, tuple):
             w = guidance[0] + (guidance[1] - guidance[0]) * torch.rand(len(chosen), device=device)
             cond = cond._replace(omega=w - 1)

@@ -1,5 +1,6 @@
 """The sampler of our students for stock diffusers pipelines: `pipe.scheduler = MCMScheduler.from_pretrained(folder)`."""
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,7 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
     """Few-step sampling at the timesteps that the training used.
 
     timesteps: number of steps (as a string) -> the timesteps, falling. The other arguments describe the noise schedule and prediction
-    type of the base model: `MCMScheduler.from_config(pipe.scheduler.config, timesteps=...)` takes them over.
+    type of the base model; `like` takes them over.
 
     step(..., eta): as in TCD (arXiv 2402.19159), where it is called gamma; pipelines forward the name eta. 0 walks on along DDIM (MCM's
     algorithm 2); 1 noises x_hat afresh (consistency sampling); between, DDIM goes to (1 - eta) of the next time and noise is added back.
@@ -47,6 +48,12 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
         self.table = {int(k): list(v) for k, v in (timesteps or re_noising_timesteps(num_train_timesteps)).items()}
         self.init_noise_sigma, self.num_inference_steps = 1.0, None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+
+    @classmethod
+    def like(cls, scheduler: SchedulerMixin, timesteps: dict[str, list[int]] | None = None) -> "MCMScheduler":
+        """With the noise schedule of the scheduler that came with a pipeline."""
+        names = set(inspect.signature(cls.__init__).parameters) - {"self", "timesteps"}
+        return cls(**{name: value for name, value in scheduler.config.items() if name in names}, timesteps=timesteps)
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None, timesteps: Sequence[int] | None = None):
         """Take the table's timesteps for this number of steps, or the ones given. Raises InputError for a number that is not in the table."""

@@ -29,7 +29,8 @@ class Reward(Protocol):
 class Scorer(nn.Module):
     """Two towers, trained so that a picture's own caption scores highest among those of its batch (as CLIP, arXiv 2103.00020).
 
-    Pictures are brought to 32x32. Words are hashed into 4,096 rows, so that any text in any script can be given. The picture's 64
+    Pictures are brought to 32x32. Words, and single Chinese and Japanese
+    characters, are hashed into 4,096 rows, so that any text can be given. The picture's 64
     features also have to reconstruct it roughly, so that they see what captions leave out; they serve the Frechet distance too.
     """
 
@@ -59,7 +60,7 @@ class Scorer(nn.Module):
         device = self.places.device
         ids = torch.zeros(len(prompts), self.LENGTH, dtype=torch.long)
         for row, prompt in zip(ids, prompts):
-            words = re.findall(r"\w+", prompt.lower())[: self.LENGTH]
+            words = re.findall(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+", prompt.lower())[: self.LENGTH]
             row[: len(words)] = torch.tensor([1 + zlib.crc32(w.encode()) % (self.WORDS - 1) for w in words], dtype=torch.long)
         ids = ids.to(device)
         empty = (ids == 0) & (torch.arange(self.LENGTH, device=device) > 0)

@@ -7,6 +7,7 @@ and kept; the VAE is used only to encode images that are given and to decode ima
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DCondit
 from diffusers.models.embeddings import get_timestep_embedding
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,6 +33,7 @@ MODULES = [
     "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 ]  # fmt: skip
 DECODER = r"(up_blocks\..*\.(" + "|".join(m.replace(".", r"\.") for m in MODULES) + r")|conv_out)"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 OMEGA_CHANNELS = 256  # of the embedding of the guidance scale (arXiv 2310.04378), as diffusers' pipelines compute it
 
 
@@ -100,16 +104,17 @@ class Network(nn.Module):
 class SDXL:
     """A pipeline and the sets of weights trained on it.
 
-    rank: of the LoRAs; their alpha is the rank, so that their strength is 1 and every loader agrees on it. checkpointing: gradient
-    checkpointing. Raises InputError for a schedule or a rank that cannot work.
+    rank: of the LoRAs; alpha: their strength times the rank, by default the rank, so that every loader agrees on a strength of 1.
+    checkpointing: gradient checkpointing. Raises InputError for a noise schedule or a rank that cannot work.
     """
 
-    def __init__(self, pipe: StableDiffusionXLPipeline, rank: int, checkpointing: bool = False):
-        self.pipe, self.rank, self.checkpointing = pipe, rank, checkpointing
+    def __init__(self, pipe: StableDiffusionXLPipeline, rank: int, alpha: float | None = None, checkpointing: bool = False):
+        self.pipe, self.rank, self.alpha, self.checkpointing = pipe, rank, rank if alpha is None else alpha, checkpointing
         self.device, self.unet = pipe.unet.device, pipe.unet.requires_grad_(False).eval()
         self.schedule, self.prediction = noise_schedule(pipe.scheduler)
         self.unets: dict[str | None, UNet2DConditionModel] = {None: self.unet}
-        self.size = pipe.unet.config.sample_size
+        self.size, self.channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
+        self._check_rank()
         for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
             if part is not None:
                 part.requires_grad_(False).eval()
@@ -129,7 +134,9 @@ class SDXL:
             if self.checkpointing:
                 checkpoint_gradients(unet)
             return self.weights(name)
-        self.unet.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=modules, init_lora_weights="gaussian"), name)
+        with warnings.catch_warnings():  # peft: "this will lead to having multiple adapters", which is the idea
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            self.unet.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=modules, init_lora_weights="gaussian"), name)
         self.unets[name] = self.unet
         weights = self.weights(name)
         with torch.no_grad():
@@ -192,7 +199,7 @@ class SDXL:
             self.unets[name].save_pretrained(out / "unet")
             return
         layers = get_peft_model_state_dict(self.unet, adapter_name=name)  # not converted: a mixed file would lose its attention layers
-        config = {"r": self.rank, "lora_alpha": self.rank, "target_modules": MODULES}
+        config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": MODULES}
         StableDiffusionXLPipeline.save_lora_weights(out, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
 
 
@@ -201,11 +208,48 @@ class SDXL:
         if full:
             self.unets[name] = UNet2DConditionModel.from_pretrained(out / "unet").to(self.device)
             return
-        tensors, _ = StableDiffusionXLPipeline.lora_state_dict(out)
+        tensors = read_lora(out)
         weights = self.add(name)
+        shapes = {f"unet.{key}": value.shape for key, value in weights.items()}
+        if {key: value.shape for key, value in tensors.items()} != shapes:
+            raise InputError(f"{out} holds a LoRA of other layers or of another rank than {self.rank}: it belongs to another pipeline or run")
         with torch.no_grad():
             for key, value in weights.items():
                 value.copy_(tensors[f"unet.{key}"])
+
+    def _check_rank(self) -> None:
+        """A rank beyond a layer's width buys nothing, and is a mistake."""
+        for key, module in self.unet.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and key.endswith(tuple(f".{m}" for m in MODULES)):
+                most = min(module.weight.shape[0], module.weight[0].numel())
+                if self.rank > most:
+                    raise InputError(f"rank {self.rank} is larger than layer {key} ({tuple(module.weight.shape)}) can use: choose at most {most}")
+
+
+def read_lora(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a LoRA in the format that `SDXL.save` writes, unet.LAYER.lora_A.weight. Raises InputError for others, which stock
+    diffusers would load in part, or not at all, with no more than a warning."""
+    path = folder / LORA_FILE
+    if not path.is_file():
+        raise InputError(f"{path} is missing: not the folder of a saved student")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is not readable ({error}): truncated, or another format") from None
+    if any(key.startswith("base_model.model.") for key in tensors):
+        raise InputError(
+            f"{path} is a raw PEFT file (its keys start with base_model.model.), of which diffusers' load_lora_weights loads nothing. "
+            "Rename base_model.model. to unet. and store lora_alpha: SDXL.save does both."
+        )
+    new, old = (any(part in key for key in tensors) for part in (".lora_A.", ".lora.down."))
+    if new and old:
+        raise InputError(
+            f"{path} mixes two naming schemes (lora_A and lora.down), of which diffusers' load_lora_weights drops one without an error. "
+            "Save get_peft_model_state_dict(unet) without converting it, as SDXL.save does."
+        )
+    if not new or not all(key.startswith("unet.") for key in tensors):
+        raise InputError(f"{path} is not a LoRA of a UNet in PEFT's naming (unet.LAYER.lora_A.weight)")
+    return tensors
 
 
 def give_guidance_input(unet: UNet2DConditionModel) -> None:
@@ -240,7 +284,7 @@ def load_pipeline(source: str, dtype: torch.dtype, device: torch.device) -> Stab
         if missing:
             raise InputError(f"{source} is a {kind.get('_class_name', 'pipeline of no name')}, not an SDXL pipeline: it has no {', '.join(missing)}")
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(source, **({} if dtype == torch.float32 else {"torch_dtype": dtype}))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = "the folder is damaged" if path.exists() else "it is no folder here, and the hub did not give it. Without a network, pass a folder that holds a saved pipeline"

@@ -1,8 +1,8 @@
 """A small world of captioned pictures, drawn to order, and an exact reader of them.
 
 "a small red circle above a large blue square on black": 32x32 RGB, one or two coloured shapes on a striped background. A caption
-fixes what and where roughly; it leaves open the exact places and sizes, how squares and triangles are turned, the direction and
-phase of the stripes and, where it ends in "on anything", the colour of the background. So many pictures fit one caption, and a
+fixes what and where roughly; it leaves open the exact places and sizes, the direction and phase of the stripes and, where it ends
+in "on anything", the colour of the background. So many pictures fit one caption, and a
 model that averages them is seen to be wrong. `read` recovers a scene from pixels alone: it is the judge of text-to-image models.
 """
 
@@ -71,14 +71,13 @@ def choose(pool: list[Scene], n: int, seed: int) -> list[Scene]:
     return [(k := kinds[bool(rng.random() < 0.15), bool(rng.random() < 0.4)])[rng.integers(len(k))] for _ in range(n)]
 
 
-def silhouette(shape: str, radius, turn, cx, cy) -> np.ndarray:
-    """(n, SIZE, SIZE) coverage in [0, 1], anti-aliased by the signed distance to the edge. radius, turn, cx, cy: (n,)."""
-    radius, turn, cx, cy = (np.asarray(a, np.float32)[:, None, None] for a in (radius, turn, cx, cy))
+def silhouette(shape: str, radius: float, cx: float, cy: float) -> np.ndarray:
+    """(SIZE, SIZE) coverage in [0, 1], anti-aliased by the signed distance to the edge. Squares and triangles stand on a side."""
     dx, dy, corners = X - cx, Y - cy, SHAPES[shape]
     if not corners:
         distance = np.hypot(dx, dy) - radius
     else:
-        angles = [turn + 2 * np.pi * k / corners for k in range(corners)]
+        angles = [np.pi / 2 + 2 * np.pi * k / corners for k in range(corners)]  # of the sides, the first one below
         distance = np.max([dx * np.cos(a) + dy * np.sin(a) for a in angles], axis=0) - radius * CORNER[shape] * np.cos(np.pi / corners)
     return np.clip(0.5 - distance, 0, 1)
 
@@ -102,7 +101,7 @@ def _draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
             else:
                 along, spread = np.zeros(2), np.full(2, 5.0)
             x, y = 16 + along + spread * rng.uniform(-1, 1, 2)
-            masks.append(silhouette(o.shape, [rng.uniform(*RADII[o.size])], [2 * np.pi * rng.random()], [x], [y])[0])
+            masks.append(silhouette(o.shape, rng.uniform(*RADII[o.size]), x, y))
         if len(masks) == 1 or not (ndimage.binary_dilation(masks[0] > 0, iterations=2) & (masks[1] > 0)).any():
             break
     picture = np.array(BACKGROUNDS[background])[:, None, None] + STRIPES * wave
@@ -113,7 +112,6 @@ def _draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 # --- the reader ----------------------------------------------------------------------------------------------------------
 
-TURNS = np.linspace(0, 1, 12, endpoint=False)
 COLOUR_LIMIT = 0.22  # a colour further from all palette entries is none of them
 SHAPE_LIMIT = 0.24  # a silhouette that differs from all templates by more than this share of its area is no shape
 
@@ -128,7 +126,7 @@ def read(picture: np.ndarray | Tensor) -> Scene | None:
     """The scene in a picture (3, SIZE, SIZE), uint8 or float in [0, 1]; None if it is not clearly one of this world.
 
     Background: the median of the border. Objects: connected regions that differ from it. Colour: the nearest palette entry, within a
-    limit. Shape, size: the template of equal area, at the region's centroid, in the turn that fits best, within a limit. Relation:
+    limit. Shape, size: the template of equal area at the region's centroid that fits best, within a limit. Relation:
     the larger coordinate of the difference of the centroids.
     """
     picture = np.asarray(picture)
@@ -172,11 +170,10 @@ def _read_object(picture: np.ndarray, ground: np.ndarray, region: np.ndarray) ->
     best = None
     for shape, corners in SHAPES.items():
         unit = np.pi if not corners else corners / 2 * np.sin(2 * np.pi / corners) * CORNER[shape] ** 2
-        radius, turns = np.sqrt(area / unit), TURNS * 2 * np.pi / corners if corners else np.zeros(1)
-        full = np.full(len(turns), 1.0)
-        errors = np.abs(silhouette(shape, radius * full, turns, cx * full, cy * full) - cover).sum((1, 2)) / area
-        if best is None or errors.min() < best[0]:
-            best = errors.min(), shape, radius
+        radius = np.sqrt(area / unit)
+        error = np.abs(silhouette(shape, radius, cx, cy) - cover).sum() / area
+        if best is None or error < best[0]:
+            best = error, shape, radius
     error, shape, radius = best
     if error > SHAPE_LIMIT:
         return None

@@ -62,10 +62,10 @@ def text_encoder(tokenizer: CLIPTokenizer, width: int, projection: bool) -> nn.M
     return model
 
 
-def make_unet(latent_size: int, width: int, channels: Sequence[int] = (64, 128)) -> UNet2DConditionModel:
+def make_unet(latent_size: int, width: int, latent_channels: int = 4, channels: Sequence[int] = (64, 128)) -> UNet2DConditionModel:
     """width: of one text encoder, of two."""
     return UNet2DConditionModel(
-        sample_size=latent_size, block_out_channels=tuple(channels), layers_per_block=1, norm_num_groups=16,
+        sample_size=latent_size, in_channels=latent_channels, out_channels=latent_channels, block_out_channels=tuple(channels), layers_per_block=1, norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4), use_linear_projection=True, transformer_layers_per_block=1, cross_attention_dim=2 * width,
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + width,
@@ -73,7 +73,7 @@ def make_unet(latent_size: int, width: int, channels: Sequence[int] = (64, 128))
 
 
 def train_tiny_sdxl(
-    captions: Sequence[str], pictures: Tensor, out: Path, vae: Training, unet: Training, width: int = 64, resume: bool = True
+    captions: Sequence[str], pictures: Tensor, out: Path, vae: Training, unet: Training, width: int = 64, resume: bool = True, latent_channels: int = 4
 ) -> StableDiffusionXLPipeline:
     """Train a pipeline on pictures (n, 3, S, S) uint8, S a multiple of 8, and their captions; save it in `out` and return it.
 
@@ -89,12 +89,12 @@ def train_tiny_sdxl(
     torch.manual_seed(vae.seed)
     autoencoder = AutoencoderKL(
         block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1,
-        norm_num_groups=8, latent_channels=4, mid_block_add_attention=False, sample_size=size, scaling_factor=1.0,
+        norm_num_groups=8, latent_channels=latent_channels, mid_block_add_attention=False, sample_size=size, scaling_factor=1.0,
     )  # fmt: skip
     vocabulary = 324 if len(set(captions)) > 4 * len({w for c in captions for w in c.split()}) else 2000
     tokenizers = [make_tokenizer(captions, work / name, vocabulary) for name in ("tokenizer", "tokenizer_2")]
     encoders = [text_encoder(tokenizers[0], width, False), text_encoder(tokenizers[1], width, True)]
-    network = make_unet(size // 4, width)
+    network = make_unet(size // 4, width, latent_channels)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing", steps_offset=1)
 
     train_autoencoder(autoencoder, pictures, vae, work, resume)

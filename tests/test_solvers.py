@@ -117,3 +117,95 @@ def test_ddim_equals_diffusers():
             expected = reference.step(eps, index, z).prev_sample
             # x_hat is up to 1 / alpha_1 = 160 times z in this schedule; a few float32 roundings of that
             torch.testing.assert_close(mcm.ddim(x_hat, z, t, s, schedule), expected, rtol=2e-6, atol=2e-5)
+
+
+SDXL = mcm.DiscreteSchedule(torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0))
+MADE = [COSINE, SDXL]
+
+
+@pytest.mark.parametrize("schedule", MADE)
+@pytest.mark.parametrize("noise_scale", ["ode", 0.0])
+def test_er_sde_without_noise_is_ddim(schedule, noise_scale):
+    x, z, t, s = drawn((9, 3))
+    assert torch.allclose(mcm.er_sde(x, z, t, s, schedule, noise_scale=noise_scale), mcm.ddim(x, z, t, s, schedule), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_er_sde_with_a_number_is_diffusers_ddim_with_that_eta(eta):
+    scheduler = diffusers.DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
+    scheduler.set_timesteps(8)
+    x, z, noise = torch.randn(3, 5, 4, 2, 2, dtype=torch.float64)
+    alphas, schedule = scheduler.alphas_cumprod, mcm.DiscreteSchedule(scheduler.alphas_cumprod)
+    for index, following in zip(scheduler.timesteps[:-1], scheduler.timesteps[1:]):
+        eps = (z - alphas[index].double().sqrt() * x) / (1 - alphas[index].double()).sqrt()
+        theirs = scheduler.step(eps, index, z, eta=eta, variance_noise=noise).prev_sample
+        t, s = (torch.full((5,), (i.item() + 1) / 1000, dtype=torch.float64) for i in (index, following))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randn", lambda *a, **k: noise)
+            ours = mcm.er_sde(x, z, t, s, schedule, noise_scale=eta)
+        assert torch.allclose(ours, theirs, atol=2e-6)  # diffusers keeps its coefficients in float32
+
+
+@pytest.mark.parametrize("schedule", MADE)
+def test_er_sde_with_phi_squared_is_ancestral_sampling(schedule):
+    """phi = lambda^2 is DDIM with eta = 1."""
+    x, z, t, s = drawn((9, 3))
+    torch.manual_seed(1)
+    one = mcm.er_sde(x, z, t, s, schedule, noise_scale="sde")
+    torch.manual_seed(1)
+    assert torch.allclose(one, mcm.er_sde(x, z, t, s, schedule, noise_scale=1.0), rtol=0, atol=1e-10)
+
+
+def test_er_sde_5_has_the_published_form():
+    """Mean and variance of the first-order step, written with phi = lambda (exp(lambda^0.3) + 10) itself."""
+    t, s = torch.tensor([0.9, 0.5, 0.1]).double(), torch.tensor([0.8, 0.2, 0.05]).double()
+    x, z = torch.randn(2, 3, 4000, dtype=torch.float64)
+    (a_t, s_t), (a_s, s_s) = SDXL(t), SDXL(s)
+    l_t, l_s = s_t / a_t, s_s / a_s
+    phi = lambda v: v * (torch.exp(v**0.3) + 10)  # noqa: E731
+    r = phi(l_s) / phi(l_t)
+    mean = (a_s / a_t * r)[:, None] * z + (a_s * (1 - r))[:, None] * x
+    rest = mcm.er_sde(x, z, t, s, SDXL, noise_scale="er5") - mean
+    expected = a_s * torch.sqrt(l_s**2 - l_t**2 * r**2)
+    assert ((rest.std(1) / expected - 1).abs() < 5 / (2 * 4000) ** 0.5).all()  # 5 standard errors
+    assert (rest.mean(1).abs() < 5 * expected / 4000**0.5).all()
+
+
+@pytest.mark.parametrize("noise_scale", ["ode", "sde", "er5"])
+def test_second_order_integrates_a_prediction_that_is_linear_in_lambda(noise_scale):
+    """If x_hat is linear in lambda along the path, the second-order step is exact: one step equals the mean of many, whose first order
+    is exact in the limit."""
+    t, s, before = (torch.full((1,), v, dtype=torch.float64) for v in (0.6, 0.4, 0.7))
+    z, slope, base = torch.randn(3, 1, 5, dtype=torch.float64)
+
+    def x_hat(u):
+        alpha, sigma = COSINE(u)
+        return base + slope * (sigma / alpha)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn", lambda shape, **k: torch.zeros(shape, dtype=torch.float64))
+        second = mcm.er_sde(x_hat(t), z, t, s, COSINE, x_hat(before), before, noise_scale)
+        first, fine, n = mcm.er_sde(x_hat(t), z, t, s, COSINE, noise_scale=noise_scale), z, 4000
+        for k in range(n):
+            a, b = t - (t - s) * k / n, t - (t - s) * (k + 1) / n
+            fine = mcm.er_sde(x_hat(a), fine, a, b, COSINE, noise_scale=noise_scale)
+    assert (second - fine).abs().max() < 2e-4 < 0.02 < (first - fine).abs().max()
+
+
+def test_second_order_falls_back_where_it_is_undefined():
+    x, z, t, s = drawn((4, 3))
+    t, s, before = torch.tensor([0.9, 0.9, 0.5, 0.5]).double(), torch.tensor([0.8, 0.0, 0.5, 0.4]).double(), torch.tensor([1.0, 1.0, 0.6, 0.5]).double()
+    torch.manual_seed(1)
+    second = mcm.er_sde(x, z, t, s, COSINE, 2 * x, before, "er5")  # alpha is 0 at t = 1; s = t; no step before
+    torch.manual_seed(1)
+    assert torch.equal(second, mcm.er_sde(x, z, t, s, COSINE, noise_scale="er5"))
+    assert second.isfinite().all()
+
+
+def test_renoising_has_the_variance_of_the_schedule():
+    x, t, s = torch.full((2, 50_000), 0.7, dtype=torch.float64), torch.ones(2).double(), torch.tensor([0.5, 0.0]).double()
+    z = mcm.renoise(x, x, t, s, COSINE)
+    assert torch.equal(z[1], x[1])
+    alpha, sigma = COSINE(s)
+    assert abs(z[0].mean() - alpha[0] * 0.7) < 5 * sigma[0] / 50_000**0.5
+    assert abs(z[0].std() / sigma[0] - 1) < 5 / 100_000**0.5

@@ -1,0 +1,324 @@
+import json
+import shutil
+
+import diffusers
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from latent import CHINESE, ENGLISH, untrained_pipeline
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+import mcm
+from mcm.scheduler import MCMScheduler
+from mcm.sdxl import LORA_FILE, MODULES, SDXL, active, load_pipeline, noise_schedule, unconditional
+
+SDXL_BASE = dict(
+    sample_size=128, block_out_channels=(320, 640, 1280), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=2, transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time",
+    addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A pipeline on disk."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    untrained_pipeline(folder / "words").save_pretrained(folder / "pipe")
+    return folder / "pipe"
+
+
+@pytest.fixture
+def sdxl(saved):
+    return SDXL(load_pipeline(str(saved), torch.float32, torch.device("cpu")), rank=4)
+
+
+def perturb(weights, std=0.1):
+    """A LoRA starts as nothing: its B is 0. Fill it in."""
+    with torch.no_grad():
+        for value in weights.values():
+            value.normal_(std=std)
+
+
+def ask(sdxl, name=None, prompts=ENGLISH[:3]):
+    z = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    t = torch.tensor([1.0, 0.5, 0.2], dtype=torch.float64)[: len(prompts)]
+    return sdxl.denoiser(name)(z, t, sdxl.encode(prompts))
+
+
+def test_lora_parameter_counts_at_the_size_of_sdxl():
+    with torch.device("meta"):
+        pipe = type("Pipe", (), {})()
+        pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2 = UNet2DConditionModel(**SDXL_BASE), None, None, None
+    pipe.scheduler = diffusers.DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear")
+    assert sum(p.numel() for p in pipe.unet.parameters()) == 2_567_463_684
+    weights = SDXL(pipe, rank=64).add("student")
+    assert sum(p.numel() for p in weights.values()) == 196_751_360
+    assert len(weights) == 2 * 788
+
+
+def test_the_denoiser_is_the_pipelines_own_unet(sdxl):
+    """x_hat from diffusers' prediction at the index that t means."""
+    cond, z = sdxl.encode(ENGLISH[:1]), torch.randn(1, 4, 8, 8)
+    for t, index in ((1.0, 999), (0.25, 249), (0.001, 0)):
+        with torch.no_grad():
+            eps = sdxl.unet(z, index, cond.states, added_cond_kwargs={"text_embeds": cond.pooled, "time_ids": cond.time_ids}).sample
+            theirs = sdxl.pipe.scheduler.step(eps, index, z).pred_original_sample if sdxl.pipe.scheduler.set_timesteps(1000) is None else None
+        ours = sdxl.denoiser()(z, torch.tensor([t], dtype=torch.float64), cond)
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_guided_sampling_is_the_stock_pipeline(sdxl):
+    """mcm.guided's w is diffusers' guidance_scale; the unconditional branch is zeros with the same time ids."""
+    z = torch.randn(2, 4, 8, 8)
+    theirs = sdxl.pipe(ENGLISH[:2], num_inference_steps=5, guidance_scale=3.0, latents=z, output_type="latent").images
+    model = mcm.guided(sdxl.denoiser(), 3.0, unconditional)
+    ours = mcm.sample(model, z, 5, sdxl.encode(ENGLISH[:2]))
+    # diffusers' last step stops at index 0, whose noise level is not quite 0
+    assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
+    assert (ours - mcm.sample(sdxl.denoiser(), z, 5, sdxl.encode(ENGLISH[:2]))).abs().max() > 0.01 * theirs.abs().max()
+    one = mcm.guided(sdxl.denoiser(), 1.0, unconditional)
+    t = torch.full((2,), 0.6, dtype=torch.float64)
+    assert torch.allclose(one(z, t, sdxl.encode(ENGLISH[:2])), sdxl.denoiser()(z, t, sdxl.encode(ENGLISH[:2])), atol=1e-6)
+
+
+def test_a_lora_that_is_off_leaves_the_teacher_exactly_as_it_was(sdxl):
+    with torch.no_grad():
+        before = ask(sdxl)
+        perturb(sdxl.add("student"))
+        assert torch.equal(ask(sdxl), before)
+        assert (ask(sdxl, "student") - before).abs().max() > 1e-3
+        sdxl.add("average", "student")
+        assert torch.equal(ask(sdxl, "average"), ask(sdxl, "student"))
+        sdxl.remove("average"), sdxl.remove("student")
+        assert torch.equal(ask(sdxl), before)
+
+
+def gradients(sdxl, order):
+    """The student's gradients when the teacher is asked before or after it, before the backward pass."""
+    if order == "teacher first":
+        with torch.no_grad():
+            target = ask(sdxl)
+        x_hat = ask(sdxl, "student")
+    else:
+        x_hat = ask(sdxl, "student")
+        with torch.no_grad(), active(sdxl.unet, None):
+            target = ask(sdxl)
+    ((x_hat - 2 * target) ** 2).mean().backward()
+    result = {k: v.grad.clone() for k, v in sdxl.weights("student").items()}
+    sdxl.unet.zero_grad()
+    return result
+
+
+def test_checkpointing_gives_the_same_gradients_whatever_lora_is_on_in_the_backward_pass(saved):
+    found = []
+    for checkpointing in (False, True):
+        here = SDXL(load_pipeline(str(saved), torch.float32, torch.device("cpu")), rank=4, checkpointing=checkpointing)
+        here.unet.train()
+        torch.manual_seed(1)
+        perturb(here.add("student"))
+        assert here.unet.is_gradient_checkpointing == checkpointing
+        found += [gradients(here, "teacher first"), gradients(here, "teacher last")]
+    for other in found[1:]:
+        for key, value in found[0].items():
+            assert torch.allclose(value, other[key], rtol=1e-4, atol=1e-6), key
+    assert all(v.abs().max() > 0 for k, v in found[0].items())
+    assert all(p.grad is None for k, p in here.unet.named_parameters() if "lora_" not in k)
+
+
+def test_full_fine_tuning_tells_the_student_its_guidance(sdxl):
+    sdxl.add("student", full=True, guidance_input=True)
+    cond, z, t = sdxl.encode(ENGLISH[:2]), torch.randn(2, 4, 8, 8), torch.full((2,), 0.5, dtype=torch.float64)
+    low, high = (cond._replace(omega=torch.full((2,), w)) for w in (1.0, 7.0))
+    student = sdxl.denoiser("student")
+    assert torch.equal(student(z, t, low), sdxl.denoiser()(z, t, cond))  # the new input starts at zero
+    torch.nn.init.normal_(sdxl.unets["student"].time_embedding.cond_proj.weight)
+    assert not torch.allclose(student(z, t, low), student(z, t, high))
+    theirs = sdxl.pipe.get_guidance_scale_embedding(torch.tensor([6.0]), 256)  # the pipeline is given w - 1
+    seen = []
+    sdxl.unets["student"].time_embedding.register_forward_hook(lambda m, args, out: seen.append(args[1]))
+    student(z, t, cond._replace(omega=torch.tensor([6.0, 6.0])))
+    assert torch.allclose(seen[0][0], theirs[0], atol=2e-3)  # sines of 6,000 in float32
+    with pytest.raises(mcm.InputError, match="omega"):
+        student(z, t, cond)
+
+
+def test_text_is_encoded_as_the_pipeline_does(sdxl):
+    cond = sdxl.encode([ENGLISH[1], ENGLISH[0], ENGLISH[1]])
+    states, _, pooled, _ = sdxl.pipe.encode_prompt([ENGLISH[1]], do_classifier_free_guidance=False)
+    assert torch.allclose(cond.states[2], states[0], atol=1e-5) and torch.allclose(cond.pooled[0], pooled[0], atol=1e-5)
+    assert cond.time_ids[0].tolist() == [32, 32, 0, 0, 32, 32]
+    null = unconditional(cond)
+    assert not null.states.any() and not null.pooled.any() and torch.equal(null.time_ids, cond.time_ids)
+
+
+def test_images_to_latents_and_back_use_the_vaes_scale(sdxl):
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    latents = sdxl.to_latents(images)
+    theirs = sdxl.pipe.vae.encode(images.float() / 127.5 - 1).latent_dist.mean * 0.5
+    assert torch.allclose(latents, theirs, atol=1e-5)
+    assert torch.allclose(sdxl.to_images(latents), sdxl.pipe.vae.decode(latents / 0.5).sample, atol=1e-5)
+
+
+# --- saving, and loading in stock diffusers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0])
+def test_a_saved_lora_gives_the_same_image_in_stock_diffusers(saved, tmp_path, alpha):
+    ours = SDXL(load_pipeline(str(saved), torch.float32, torch.device("cpu")), rank=4, alpha=alpha)
+    perturb(ours.add("student"))
+    ours.save(tmp_path, "student")
+    z = torch.randn(2, 4, 8, 8)
+    scheduler = MCMScheduler.like(ours.pipe.scheduler)
+    scheduler.save_pretrained(tmp_path)
+
+    stock = StableDiffusionXLPipeline.from_pretrained(saved)
+    stock.set_progress_bar_config(disable=True)
+    base = stock(ENGLISH[:2], num_inference_steps=4, guidance_scale=0, latents=z, output_type="latent").images
+    stock.load_lora_weights(tmp_path)
+    stock.scheduler = MCMScheduler.from_pretrained(tmp_path)
+    theirs = stock(ENGLISH[:2], num_inference_steps=4, guidance_scale=0, latents=z, output_type="latent").images
+    mine = mcm.sample(ours.denoiser("student"), z, cond=ours.encode(ENGLISH[:2]), times=mcm.sampling.milestones(4), solver=mcm.ddim)
+    assert (theirs - mine).abs().max() < 1e-5 * mine.abs().max().clamp_min(1)
+    assert (theirs - base).abs().max() > 1e-2
+    stock.unload_lora_weights()
+    stock.scheduler = ours.pipe.scheduler
+    again = stock(ENGLISH[:2], num_inference_steps=4, guidance_scale=0, latents=z, output_type="latent").images
+    assert torch.equal(again, base)
+
+
+def test_a_saved_lora_comes_back(sdxl, saved, tmp_path):
+    perturb(sdxl.add("student"))
+    sdxl.save(tmp_path, "student")
+    sdxl.load("average", tmp_path)
+    for key, value in sdxl.weights("student").items():
+        assert torch.equal(value, sdxl.weights("average")[key])
+    other = SDXL(load_pipeline(str(saved), torch.float32, torch.device("cpu")), rank=2)
+    with pytest.raises(mcm.InputError, match="rank"):
+        other.load("average", tmp_path)
+
+
+def test_files_that_stock_diffusers_would_load_in_part_are_refused(sdxl, tmp_path):
+    perturb(sdxl.add("student"))
+    sdxl.save(tmp_path, "student")
+    raw = {f"base_model.model.{k}": v.contiguous() for k, v in get_peft_model_state_dict(sdxl.unet, adapter_name="student").items()}
+    save_file(raw, tmp_path / LORA_FILE)
+    with pytest.raises(mcm.InputError, match="raw PEFT file"):
+        sdxl.load("average", tmp_path)
+    mixed = diffusers.utils.convert_state_dict_to_diffusers(get_peft_model_state_dict(sdxl.unet, adapter_name="student"))
+    save_file({f"unet.{k}": v.contiguous() for k, v in mixed.items()}, tmp_path / LORA_FILE)
+    with pytest.raises(mcm.InputError, match="mixes two naming schemes"):
+        sdxl.load("average", tmp_path)
+    (tmp_path / LORA_FILE).write_bytes(b"nonsense")
+    with pytest.raises(mcm.InputError, match="not readable"):
+        sdxl.load("average", tmp_path)
+    with pytest.raises(mcm.InputError, match="missing"):
+        sdxl.load("average", tmp_path / "nowhere")
+
+
+def test_every_kind_of_module_carries_a_lora(sdxl, tmp_path):
+    perturb(sdxl.add("student"))
+    sdxl.save(tmp_path, "student")
+    keys = load_file(tmp_path / LORA_FILE)
+    for kind in MODULES:
+        assert any(f".{kind}.lora_A" in key for key in keys), kind
+
+
+# --- pipelines that students are used in ---------------------------------------------------------------------------------------------
+
+
+def student_of(pipe, folder):
+    ours = SDXL(pipe, rank=4)
+    torch.manual_seed(2)
+    perturb(ours.add("student"), 0.05)
+    ours.save(folder, "student")
+    return ours
+
+
+def test_image_to_image_starts_from_the_noise_level_that_strength_asks_for(saved, tmp_path):
+    student_of(load_pipeline(str(saved), torch.float32, torch.device("cpu")), tmp_path)
+    base = StableDiffusionXLPipeline.from_pretrained(saved)
+    pipe = StableDiffusionXLImg2ImgPipeline(**base.components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = MCMScheduler.like(pipe.scheduler)
+    seen, image = [], torch.rand(1, 3, 32, 32)
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda output, timestep, sample, **k: seen.append(int(timestep)) or step(output, timestep, sample, **k)
+    run = dict(image=image, num_inference_steps=4, guidance_scale=0, output_type="pt", prompt=ENGLISH[0])
+    plain = pipe(**run, strength=0.5, generator=torch.manual_seed(0)).images
+    assert seen == [499, 124]
+    pipe.load_lora_weights(tmp_path)
+    assert not torch.equal(pipe(**run, strength=0.5, generator=torch.manual_seed(0)).images, plain)
+    seen.clear()
+    pipe(**run, strength=1.0)
+    assert seen == [999, 749, 499, 124]
+
+
+def test_controlnet(saved, tmp_path):
+    student_of(load_pipeline(str(saved), torch.float32, torch.device("cpu")), tmp_path)
+    base = StableDiffusionXLPipeline.from_pretrained(saved)
+    control = ControlNetModel.from_unet(base.unet, conditioning_channels=3)
+    for layer in control.controlnet_down_blocks:
+        torch.nn.init.normal_(layer.weight)
+    control.controlnet_cond_embedding = torch.nn.Conv2d(3, base.unet.config.block_out_channels[0], 4, stride=4)  # diffusers' own halves three times, for VAEs of factor 8
+    pipe = StableDiffusionXLControlNetPipeline(**base.components, controlnet=control)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = MCMScheduler.like(pipe.scheduler)
+    pipe.load_lora_weights(tmp_path)
+    run = dict(prompt=ENGLISH[0], num_inference_steps=4, guidance_scale=0.0, output_type="latent", height=32, width=32)
+    one, two = (pipe(**run, image=torch.full((1, 3, 32, 32), v), generator=torch.manual_seed(0)).images for v in (0.0, 1.0))
+    assert one.isfinite().all() and not torch.allclose(one, two)
+
+
+def test_a_pipeline_of_another_language_and_other_widths(tmp_path):
+    pipe = untrained_pipeline(tmp_path / "words", CHINESE, width=48)
+    pipe.save_pretrained(tmp_path / "pipe")
+    ours = student_of(load_pipeline(str(tmp_path / "pipe"), torch.float32, torch.device("cpu")), tmp_path)
+    cond = ours.encode(CHINESE)
+    assert cond.states.shape[-1] == 96 and not torch.allclose(cond.pooled[0], cond.pooled[1])
+    stage = mcm.Stage(8, (1000, 1000), skip=20, x_var=None, z_from="teacher")
+    teacher = mcm.guided(ours.denoiser(), 2.0, unconditional)
+    loss = mcm.consistency_loss(ours.denoiser("student"), None, cond, stage, teacher=teacher, noise=torch.randn(4, 4, 8, 8)).loss
+    loss.backward()
+    assert loss.isfinite() and any(p.grad.abs().max() > 0 for p in ours.weights("student").values())
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "pipe")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(tmp_path)
+    pipe.scheduler = MCMScheduler.like(pipe.scheduler)
+    assert pipe(CHINESE[0], num_inference_steps=2, guidance_scale=0).images[0].size == (32, 32)
+
+
+# --- what cannot work --------------------------------------------------------------------------------------------------------------
+
+
+def test_other_schedules_and_prediction_types(saved):
+    v = diffusers.DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", prediction_type="v_prediction")
+    schedule, prediction = noise_schedule(v)
+    assert prediction == "v" and torch.allclose(schedule.alphas_cumprod.float(), v.alphas_cumprod)
+    with pytest.raises(mcm.InputError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
+        noise_schedule(diffusers.FlowMatchEulerDiscreteScheduler())
+
+
+def test_rank_larger_than_a_layer(saved):
+    with pytest.raises(mcm.InputError, match=r"rank 64 is larger than layer .* choose at most"):
+        SDXL(load_pipeline(str(saved), torch.float32, torch.device("cpu")), rank=64)
+
+
+def test_not_an_sdxl_pipeline(saved, tmp_path):
+    cpu = torch.device("cpu")
+    with pytest.raises(mcm.InputError, match="no model_index.json"):
+        load_pipeline(str(tmp_path), torch.float32, cpu)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", "unet": 0, "vae": 0, "text_encoder": 0, "tokenizer": 0, "scheduler": 0}))
+    with pytest.raises(mcm.InputError, match="StableDiffusionPipeline, not an SDXL pipeline: it has no text_encoder_2, tokenizer_2"):
+        load_pipeline(str(tmp_path), torch.float32, cpu)
+    shutil.copytree(saved, tmp_path / "broken")
+    (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
+    with pytest.raises(mcm.InputError, match="damaged"):
+        load_pipeline(str(tmp_path / "broken"), torch.float32, cpu)
+
+
+def test_a_hub_id_without_a_network(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(mcm.InputError, match="pass a folder that holds a saved pipeline"):
+        load_pipeline("nobody/no-such-model", torch.float32, torch.device("cpu"))
