@@ -39,16 +39,17 @@ from mcm.training import Training
 
 # What a run is made of; every value can be overridden by the option of the same name.
 TINY = dict(
-    pictures=16_000, vae_iterations=1600, teacher_iterations=2000, iterations=400, batch=64, lr=1e-3, rank=32, guidance=2.0, ema=0.95, samples=1000, scorer_iterations=400, image_size=32,
+    pictures=16_000, vae_iterations=1600, teacher_iterations=2000, iterations=None, evaluations=130, batch=64, lr=1e-3, rank=32, guidance=2.0, ema=0.95, samples=1000, scorer_iterations=400, image_size=32,
+    share_run=True,
 )  # fmt: skip
 PRESETS = {
     "default": ("about 15 minutes on 2 CPU cores", TINY),
-    "long": ("a few hours on 2 CPU cores", TINY | dict(vae_iterations=4000, teacher_iterations=12_000, iterations=2400, ema=0.99)),
+    "long": ("a few hours on 2 CPU cores", TINY | dict(vae_iterations=4000, teacher_iterations=12_000, evaluations=900, ema=0.99)),
     "tiny": (
         "about a minute on 2 CPU cores, for trying things out; the pictures are not good",
-        TINY | dict(pictures=500, vae_iterations=60, teacher_iterations=60, iterations=20, batch=16, samples=130, scorer_iterations=30),
+        TINY | dict(pictures=500, vae_iterations=60, teacher_iterations=60, evaluations=2, batch=16, samples=130, scorer_iterations=30),
     ),
-    "pretrained": ("one GPU; see the README for memory", TINY | dict(iterations=12_000, batch=4, lr=1e-4, rank=64, guidance=8.0, ema=0.99, samples=200)),
+    "pretrained": ("one GPU; see the README for memory", TINY | dict(iterations=12_000, evaluations=None, batch=4, lr=1e-4, rank=64, guidance=8.0, ema=0.99, samples=200, share_run=False)),
 }
 
 
@@ -87,11 +88,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--vae-iterations", type=int, metavar="STEPS", help="training steps of the tiny autoencoder")
     group.add_argument("--teacher-iterations", type=int, metavar="STEPS", help="training steps of the tiny UNet and its text encoders")
     group.add_argument("--scorer-iterations", type=int, metavar="STEPS", help="training steps of the two small scorers: the reward and the evaluator")
-    group.add_argument("--iterations", type=int, metavar="STEPS", help="training steps of a student, over all phases of its recipe")
+    group.add_argument("--evaluations", type=float, metavar="THOUSANDS", help="train each student for so many thousand network evaluations, the teacher's included: equal for all recipes")
+    group.add_argument("--iterations", type=int, metavar="STEPS", help="training steps of a student, over all phases of its recipe, in place of --evaluations")
     group.add_argument("--batch", type=int, help="samples per training step of a student")
     group.add_argument("--lr", type=float, help="peak learning rate of a student")
     group.add_argument("--rank", type=int, help="of the LoRA; its alpha is the same")
     group.add_argument("--guidance", type=float, metavar="W", help="of the teacher: x(null) + W (x(prompt) - x(null)); diffusers' guidance_scale")
+    group.add_argument("--share-run", action=argparse.BooleanOptionalAction, help="let one run of the teacher serve 8 training states, in place of a run for each (mlcm, tlcm)")
     group.add_argument("--ema", type=float, help="decay of the averaged weights that are saved and measured, per step")
     group.add_argument("--samples", type=int, help="pictures per row of the table")
     args = parser.parse_args(argv)
@@ -125,11 +128,15 @@ def check(args: argparse.Namespace) -> None:
         raise mcm.InputError(f"--steps {' '.join(map(str, args.steps))} must be positive and each named once")
     if max(args.steps) > 8 and any(RECIPES[r](4).renoise for r in args.recipe):
         raise mcm.InputError(f"--steps {max(args.steps)}: the timesteps of re-noising students are tabulated for 1 to 8 steps")
-    for name in ("pictures", "vae_iterations", "teacher_iterations", "scorer_iterations", "iterations", "batch", "lr", "rank", "samples", "accumulate", "save_every", "image_size"):
+    for name in ("pictures", "vae_iterations", "teacher_iterations", "scorer_iterations", "batch", "lr", "rank", "samples", "accumulate", "save_every", "image_size"):
         if getattr(args, name) <= 0:
             raise mcm.InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    if args.iterations is not None and args.iterations < 1 or args.evaluations is not None and args.evaluations <= 0:
+        raise mcm.InputError("--iterations and --evaluations must be positive")
     if args.batch % args.accumulate:
         raise mcm.InputError(f"--batch {args.batch} cannot be cut into {args.accumulate} equal parts")
+    if args.share_run and args.batch // args.accumulate % 8 and any(phase.stage.z_from == "teacher" for r in args.recipe for phase in RECIPES[r](4).phases):
+        raise mcm.InputError(f"--share-run needs parts of a multiple of 8 samples, not {args.batch // args.accumulate}: change --batch, or use --no-share-run")
     if args.samples < 2 * 64:
         raise mcm.InputError(f"--samples {args.samples} is too few for a covariance of 64 features: use at least 128")
     if not 0 <= args.ema < 1 or not 0 <= args.seed < 2**31:
@@ -241,18 +248,19 @@ class Judge:
         print(line(row))
 
     def figures(self, pictures: Tensor, target: Tensor) -> dict:
-        world, row = self.world, {}
-        with torch.no_grad():
-            score = torch.cat([self.reward(pictures[i : i + 100].to(self.sdxl.device), world.asked[i : i + 100]).cpu() for i in range(0, len(pictures), 100)])
+        world, row = self.world, {"rmse_to_teacher": (pictures - target).square().mean().sqrt().item()}
+        if self.reward:
+            with torch.no_grad():
+                score = [self.reward(pictures[i : i + 100].to(self.sdxl.device), world.asked[i : i + 100]).cpu() for i in range(0, len(pictures), 100)]
+            row["reward"] = torch.cat(score).mean().item()
         features = None if self.evaluator is None else self.features(pictures)
         if self.real is not None:
             precision, recall = metrics.precision_recall(self.real[: len(features)], features)
-            row = {"frechet": metrics.frechet(self.real, features), "precision": precision, "recall": recall, "coverage": metrics.coverage(self.real[: len(features)], features)}
+            row |= {"frechet": metrics.frechet(self.real, features), "precision": precision, "recall": recall, "coverage": metrics.coverage(self.real[: len(features)], features)}
         if world.scenes:
             row["alignment"] = shapes.alignment(pictures, world.scenes).double().mean().item()
         elif features is not None:
             row["alignment"] = retrieval(self.evaluator, features, world.asked)
-        row |= {"reward": score.mean().item(), "rmse_to_teacher": (pictures - target).square().mean().sqrt().item()}
         return {k: None if not math.isfinite(v) else v for k, v in row.items()}
 
 
@@ -277,10 +285,13 @@ def line(row: dict) -> str:
 
 def table(results: dict) -> str:
     """results.md, and what is printed."""
-    metric = results["metric"]
-    lines = [
-        f"{results['data']}, seed {results['seed']}: {metric['n_generated']:,} held-out prompts. Fréchet distance, coverage, precision and recall in {metric['dim']} features of",
-        f"{metric['features']}, against {metric['n_reference']:,} held-out pictures (not FID). Alignment: {metric['alignment']}.",
+    metric, lines = results["metric"], [f"{results['data']}, seed {results['seed']}: {results['metric']['n_generated']:,} held-out prompts."]
+    if metric["n_reference"]:
+        lines += [
+            f"Fréchet distance, coverage, precision and recall in {metric['dim']} features of {metric['features']},",
+            f"against {metric['n_reference']:,} held-out pictures (not FID). Alignment: {metric['alignment']}.",
+        ]
+    lines += [
         "Undistilled: the teacher's own weights in the students' sampler. NFE: network evaluations per picture.",
         "",
         "| model | sampler | steps | NFE | Fréchet | coverage | precision | recall | alignment | reward | RMSE to teacher | s/image |",
@@ -323,12 +334,22 @@ def get_pipeline(args, world: World, device: torch.device):
     return load_pipeline(str(folder), torch.float32, device), str(folder)
 
 
+def adapted(recipe: Recipe, args, reward) -> Recipe:
+    """The recipe with what this run decides: whether runs of the teacher are shared, and without a reward no preference."""
+    phases = []
+    for phase in recipe.phases:
+        extra = tuple((kind, weight) for kind, weight in phase.stage.extra if kind != "preference" or reward)
+        stage = dataclasses.replace(phase.stage, extra=extra, share_run=args.share_run and phase.stage.z_from == "teacher")
+        phases.append(dataclasses.replace(phase, stage=stage))
+    return dataclasses.replace(recipe, phases=tuple(phases))
+
+
 def get_scorers(args, world: World, folder: Path, device: torch.device):
     """-> the reward that students may be trained against, the evaluator that measures them: other seeds, other pictures."""
     if world.pictures is None:
-        if not args.clip and any(extra == "preference" for r in args.recipe for phase in RECIPES[r](4).phases for extra, _ in phase.stage.extra):
-            raise mcm.InputError("without pictures there is nothing to train a reward on: give --clip a CLIP model, or add --data")
-        return (CLIPReward(args.clip, device) if args.clip else lambda images, prompts: torch.zeros(len(images))), None
+        if not args.clip:
+            print("without pictures or --clip there is no reward: preference stages go without it")
+        return (CLIPReward(args.clip, device) if args.clip else None), None
     half = len(world.prompts) // 2
     scorers = []
     for n, (name, part) in enumerate((("reward", slice(0, half)), ("evaluator", slice(half, None)))):
@@ -357,14 +378,15 @@ def main(argv: list[str]) -> None:
     same = {"samples": args.samples, "seed": args.seed, "guidance": args.guidance, "pipeline": Path(source).name}
     judge = Judge(args, world, sdxl, reward, evaluator, same)
     measure_teacher(args, judge)
-    with torch.no_grad():
-        s0 = judge.reward(judge.teacher_pictures()[:100].to(device), world.asked[:100]).mean().item()
+    if reward:
+        with torch.no_grad():  # the level to reach is that of the teacher's own pictures
+            reward = reward, reward(judge.teacher_pictures()[:100].to(device), world.asked[:100]).mean().item()
 
     seconds = {}
     for recipe in args.recipe:
         for K in args.steps if not RECIPES[recipe](1).renoise else [None]:
             name = recipe if K is None else f"{recipe}-{K}"
-            seconds[name] = student(args, judge, data, RECIPES[recipe](K or 4), recipe, name, K, (reward, s0), source)
+            seconds[name] = student(args, judge, data, adapted(RECIPES[recipe](K or 4), args, reward), recipe, name, K, reward, source)
     report(args, judge, world, seconds, taught, started, device, source)
 
 
@@ -390,12 +412,13 @@ def student(args, judge: Judge, data: Captioned, recipe: Recipe, recipe_name: st
         seconds = json.loads(finished.read_text())["seconds"]
     else:
         out.mkdir(exist_ok=True)
-        settings = training(args, args.iterations, args.batch, args.lr, args.seed, ema=args.ema, accumulate=args.accumulate, precision=args.precision)
+        iterations = args.iterations or max(len(recipe.phases), round(1000 * args.evaluations / (args.batch * recipe.evaluations())))
+        settings = training(args, iterations, args.batch, args.lr, args.seed, ema=args.ema, accumulate=args.accumulate, precision=args.precision)
         seconds = distil(sdxl, recipe, data, settings, args.guidance_range or args.guidance, args.out, name, args.resume, args.full, reward)
         sdxl.save(out)
         table = re_noising_timesteps() if recipe.renoise else uniform_timesteps([K])
         MCMScheduler.like(sdxl.pipe.scheduler, table).save_pretrained(out)
-        write(out / "README.md", card(args, recipe, recipe_name, out, source, K or 4))
+        write(out / "README.md", card(args, recipe, recipe_name, out, source, K or 4, iterations))
         write(finished, json.dumps({"seconds": round(seconds, 1)}))
         for state in args.out.glob(f"{name}-*.state.safetensors"):
             state.unlink()
@@ -423,7 +446,7 @@ def draw_rows(args, judge: Judge, name: str, recipe: Recipe, K: int | None, cond
     plots.sample_rows(drawn, args.out / f"{name}.png", columns=judge.world.asked[part])
 
 
-def card(args, recipe: Recipe, recipe_name: str, out: Path, source: str, steps: int) -> str:
+def card(args, recipe: Recipe, recipe_name: str, out: Path, source: str, steps: int, iterations: int) -> str:
     eta = 1.0 if recipe.renoise else 0.0
     if args.full:
         load = f'pipe.unet = UNet2DConditionModel.from_pretrained("{out}/unet").to(pipe.device)'
@@ -448,7 +471,7 @@ image.save("image.png")
 
 eta = 1 noises the prediction afresh at every step, which is how a recipe with one model for all step counts was trained; eta = 0 walks on along DDIM, as a recipe with one model per
 K does. Steps: {', '.join(MCMScheduler.from_pretrained(out).table and map(str, sorted(MCMScheduler.from_pretrained(out).table)))}. No guidance is needed: the teacher's (w = {args.guidance_range or args.guidance}) was distilled into the weights.
-Rank {args.rank}, alpha {args.rank}; seed {args.seed}; {args.iterations} iterations of {args.batch}.
+Rank {args.rank}, alpha {args.rank}; seed {args.seed}; {iterations} iterations of {args.batch}.
 """
 
 
@@ -468,7 +491,8 @@ def report(args, judge: Judge, world: World, seconds: dict[str, float], taught: 
     }  # fmt: skip
     write(args.out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     write(args.out / "results.md", table(results))
-    plots.quality_vs_steps(results, args.out / "quality_vs_steps.png")
+    if world.real is not None:
+        plots.quality_vs_steps(results, args.out / "quality_vs_steps.png")
     plots.training_curves(args.out / "log.jsonl", args.out / "training.png")
     print("\n" + table(results))
     print(f"{args.out}: results.json, results.md, pictures, and a folder with a model card for each student")

@@ -10,7 +10,7 @@ from torch import Tensor
 from .denoiser import guided
 from .errors import InputError
 from .losses import LossOutput, consistency_loss
-from .objectives import Adversarial, DistributionMatching, Preference
+from .objectives import Adversarial, DistributionMatching, Preference, gradient
 from .recipes import Recipe, Stage
 from .sampling import rows
 from .scorer import Reward
@@ -100,10 +100,13 @@ def _step(sdxl: SDXL, stage: Stage, data: Captioned, settings: Training, guidanc
             w = guidance[0] + (guidance[1] - guidance[0]) * torch.rand(len(chosen), device=device)
             cond = cond._replace(omega=w - 1)
         output = consistency_loss(student, x, cond, stage, teacher=guided(teacher, w, unconditional), target=target, progress=progress, noise=noise)
-        total, figures, prompts = output.loss, {}, [data.prompts[i] for i in chosen]
+        # Every loss acts on x_hat, and only through it on the student. Their scales have nothing to do with each other (a mean over
+        # dimensions, logits, a reward), so a weight is the ratio of the gradients' norms there.
+        (total,) = torch.autograd.grad(output.loss, output.x_hat)
+        norm, figures, prompts = total.norm(), {}, [data.prompts[i] for i in chosen]
         for kind, (weight, objective) in objectives.items():
-            extra = objective.loss(output, prompts)
-            total, figures[kind] = total + weight * extra, extra.detach()
+            figures[kind], extra = gradient(objective, output, prompts)
+            total = total + weight * norm / extra.norm().clamp_min(1e-12) * extra
         return total, output, figures
 
     def step(index: int) -> Step:
@@ -111,7 +114,7 @@ def _step(sdxl: SDXL, stage: Stage, data: Captioned, settings: Training, guidanc
         for chosen in batch_indices(len(data.prompts), settings.batch, index, settings.seed).split(size):
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
                 total, output, figures = loss(chosen, index / settings.iterations)
-            (total * len(chosen) / settings.batch).backward()
+            output.x_hat.backward(total * (len(chosen) / settings.batch))
             outputs.append(output._replace(x_hat=output.x_hat.detach()))
         norm = learner.update(settings.lr_at(index), index)
         for kind, (_, objective) in objectives.items():

@@ -1,8 +1,8 @@
 """What TLCM and SCott add to the consistency loss: an adversary, distribution matching, a preference.
 
-Each is an object with the same three parts: `loss(output, prompts)` is added to the student's loss and its gradient reaches only the
-student; `critic_loss(output)`, for those that train a network of their own, reaches only that network; `learner` holds it. `output`
-is what consistency_loss returned. The teacher is never trained.
+Each is an object with the same three parts: `loss(output, prompts)` is for the student, which it reaches through x_hat alone (see
+`gradient`); `critic_loss(output)`, for those that train a network of their own, reaches only that network; `learner` holds it.
+`output` is what consistency_loss returned. The teacher is never trained.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +13,19 @@ from torch import Tensor
 from .denoiser import guided
 from .errors import InputError
 from .losses import LossOutput, diffusion_loss
+from .recipes import FAKE_UPDATES
 from .sampling import noised
 from .scorer import Reward
 from .sdxl import DECODER, SDXL, unconditional
 from .solvers import expand, mean_over_dims
 from .training import Learner
+
+
+def gradient(objective, output: LossOutput, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """-> the objective's loss, its gradient with respect to x_hat. Nothing is left in any network that it passed through."""
+    x = output.x_hat.detach().requires_grad_()
+    value = objective.loss(output._replace(x_hat=x), prompts)
+    return value.detach(), torch.autograd.grad(value, x)[0]
 
 
 class Preference:
@@ -55,7 +63,7 @@ class DistributionMatching:
     step of the student (DMD2 uses 5; the paper says nothing). w: guidance of the real score; the fake one has none.
     """
 
-    def __init__(self, sdxl: SDXL, w: float, updates: int = 2, clip: float = 10.0):
+    def __init__(self, sdxl: SDXL, w: float, updates: int = FAKE_UPDATES, clip: float = 10.0):
         self.real, self.updates = guided(sdxl.denoiser(), w, unconditional), updates
         self.learner, self.fake = Learner(sdxl.add("fake"), clip), sdxl.denoiser("fake")
 
@@ -101,10 +109,7 @@ class Adversarial:
         return t, torch.randn_like(output.x_hat)
 
     def loss(self, output: LossOutput, prompts: Sequence[str]) -> Tensor:
-        x = output.x_hat.detach().requires_grad_()
-        value = -self.logits(x, *self._draw(output), output).mean()
-        (gradient,) = torch.autograd.grad(value, x)  # with respect to x alone: nothing is left in the discriminator
-        return value.detach() + ((output.x_hat - output.x_hat.detach()) * gradient).sum()
+        return -self.logits(output.x_hat, *self._draw(output), output).mean()
 
     def critic_loss(self, output: LossOutput) -> Tensor:
         if output.x is None:

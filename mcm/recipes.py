@@ -57,7 +57,7 @@ class Stage:
     target_ema: float | None = None
     """The decay of the averaged student that answers at z_s; None: the student itself."""
     extra: tuple[tuple[str, float], ...] = ()
-    """Further objectives (`mcm.objectives`) by name, with their weights."""
+    """Further objectives (`mcm.objectives`) by name, with their weights: the norm of their gradient at x_hat over that of this loss."""
 
     def __post_init__(self):
         if self.student_steps < 1:
@@ -118,6 +118,21 @@ class Recipe:
         return any(phase.stage.z_from == "data" for phase in self.phases)
 
 
+    def evaluations(self) -> float:
+        """Network evaluations (forward passes of one sample) that training takes for each sample of a batch, over all phases: of student
+        and target, of the guided teacher (two each), of what makes z_t, and of the further objectives with their critics."""
+        extra = {"preference": 0, "adversarial": 3, "adversarial_diffused": 3, "distribution_matching": 3 + FAKE_UPDATES}
+        total = 0.0
+        for phase in self.phases:
+            stage = phase.stage
+            source = {"data": 0, "student": stage.run, "teacher": 2 if stage.share_run else stage.run + 1}[stage.z_from]
+            total += phase.share * (2 + 2 * stage.sub_steps + source + sum(extra[kind] for kind, _ in stage.extra))
+        return total / sum(phase.share for phase in self.phases)
+
+
+FAKE_UPDATES = 2  # of the fake score in distribution matching, per step of the student (DMD2, arXiv 2405.14867, uses 5)
+
+
 def cm_latent(K: int) -> Recipe:
     stage = cm(teacher_steps=(16, 64), distance="squared")
     return Recipe((Phase(stage),), True, "consistency model (arXiv 2303.01469): one segment, from images; one model for all step counts")
@@ -140,7 +155,7 @@ def mlcm_latent(K: int) -> Recipe:
     def stage(segments: int, **changes) -> Stage:
         return Stage(segments, (1000, 1000), skip=20, x_var=None, weight="q", distance="squared", z_from="teacher", run=8, **changes)
 
-    phases = (Phase(stage(8), 0.4), Phase(stage(4), 0.25), Phase(stage(2), 0.25), Phase(stage(2, extra=(("preference", 0.02),)), 0.1, 0.3))
+    phases = (Phase(stage(8), 0.4), Phase(stage(4), 0.25), Phase(stage(2), 0.25), Phase(stage(2, extra=(("preference", 0.3),)), 0.1, 0.3))
     return Recipe(phases, True, "multistep latent consistency (arXiv 2406.05768v1-3): 8, then 4, then 2 segments, then a preference; from prompts alone; one model for all step counts")
 
 
@@ -151,8 +166,8 @@ def tlcm_latent(K: int) -> Recipe:
     def later(**changes) -> Stage:
         return Stage(1, (8, 8), x_var=None, weight="x", distance="squared", sub_steps=3, z_from="student", run=4, **changes)
 
-    matching = (("distribution_matching", 1.0), ("adversarial_diffused", 0.02))
-    phases = (Phase(first, 0.77), Phase(later(), 0.13, 0.1), Phase(later(extra=(("preference", 0.02),)), 0.03, 0.1), Phase(later(extra=matching), 0.07, 0.1))
+    matching = (("distribution_matching", 0.5), ("adversarial_diffused", 0.2))
+    phases = (Phase(first, 0.77), Phase(later(), 0.13, 0.1), Phase(later(extra=(("preference", 0.3),)), 0.03, 0.1), Phase(later(extra=matching), 0.07, 0.1))
     return Recipe(phases, True, "training-free-of-images latent consistency (arXiv 2406.05768v6): 8 segments, then all at once on its own samples, preference, distribution matching, adversary; from prompts alone; one model for all step counts")
 
 

@@ -18,9 +18,9 @@ SIZE = 32
 COLOURS = {"red": (0.85, 0.1, 0.1), "green": (0.1, 0.65, 0.2), "blue": (0.15, 0.2, 0.85), "yellow": (0.95, 0.85, 0.1)}
 BACKGROUNDS = {"black": (0.12, 0.12, 0.12), "white": (0.88, 0.88, 0.88), "green": (0.12, 0.6, 0.2), "blue": (0.15, 0.2, 0.8)}
 SHAPES = {"circle": 0, "square": 4, "triangle": 3}  # corners
-RADII = {"small": (3.8, 4.3), "large": (5.6, 6.1)}  # in pixels, of the circle; corners stick out beyond it
+RADII = {"small": (4.1, 4.5), "large": (5.9, 6.3)}  # in pixels, of the circle; corners stick out beyond it
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}  # (x, y) of the first seen from the second
-CORNER = {"circle": 1.0, "square": 1.2, "triangle": 1.4}  # distance of the corners in radii
+CORNER = {"circle": 1.0, "square": 1.3, "triangle": 1.35}  # distance of the corners in radii
 STRIPES, PERIOD = 0.1, 8.0  # amplitude and wavelength of the background's stripes
 LINE = (np.arange(SIZE) + 0.5).astype(np.float32)
 Y, X = np.meshgrid(LINE, LINE, indexing="ij")
@@ -90,16 +90,16 @@ def draw(pool: list[Scene], seed: int) -> Tensor:
 def _draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     colours = {o.colour for o in scene.objects}
     background = rng.choice([b for b in BACKGROUNDS if b not in colours]) if scene.background == "anything" else scene.background
-    direction, phase = np.pi / 4 * rng.integers(4), 2 * np.pi * rng.random()
+    direction, phase = np.pi / 2 * rng.integers(2), 2 * np.pi * rng.random()
     wave = np.sin(2 * np.pi / PERIOD * (X * np.cos(direction) + Y * np.sin(direction)) + phase)
     while True:  # until the objects do not touch
         masks = []
         for i, o in enumerate(scene.objects):
             if scene.relation:
-                along = np.array(RELATIONS[scene.relation]) * (8 if i == 0 else -8)
-                spread = np.where(along != 0, 1.0, 4.0)
+                along = np.array(RELATIONS[scene.relation]) * (7.5 if i == 0 else -7.5)
+                spread = np.where(along != 0, 0.5, 3.0)
             else:
-                along, spread = np.zeros(2), np.full(2, 5.0)
+                along, spread = np.zeros(2), np.full(2, 4.0)
             x, y = 16 + along + spread * rng.uniform(-1, 1, 2)
             masks.append(silhouette(o.shape, rng.uniform(*RADII[o.size]), x, y))
         if len(masks) == 1 or not (ndimage.binary_dilation(masks[0] > 0, iterations=2) & (masks[1] > 0)).any():
@@ -177,7 +177,7 @@ def _read_object(picture: np.ndarray, ground: np.ndarray, region: np.ndarray) ->
     error, shape, radius = best
     if error > SHAPE_LIMIT:
         return None
-    return Object("large" if radius >= 4.95 else "small", colour, shape), np.array([cx, cy])
+    return Object("large" if radius >= 5.2 else "small", colour, shape), np.array([cx, cy])
 
 
 def agrees(scene: Scene, asked: Scene) -> bool:

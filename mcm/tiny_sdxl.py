@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -31,19 +32,19 @@ SPECIAL = ["!", "<|pad|>", "<|startoftext|>", "<|endoftext|>"]  # the end must n
 
 def make_tokenizer(captions: Sequence[str], folder: Path, vocabulary: int) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair vocabulary is learned from these captions; every other text still tokenises."""
-    blank = CLIPTokenizer({token: i for i, token in enumerate(SPECIAL)}, [])
-    model = blank._tokenizer
-    alphabet = sorted(__import__("tokenizers").pre_tokenizers.ByteLevel.alphabet())
-    trainer = BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
-    model.train_from_iterator(captions, trainer)
-    learned = json.loads(model.to_str())["model"]
-    vocab = dict(learned["vocab"])
-    for letter in alphabet:  # single letters that end a word, which training leaves out unless it saw them
-        vocab.setdefault(letter + "</w>", len(vocab))
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in learned["merges"]]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    if not (folder / "merges.txt").is_file():  # a run that goes on keeps its tokens
+        model, alphabet = CLIPTokenizer({token: i for i, token in enumerate(SPECIAL)}, [])._tokenizer, sorted(ByteLevel.alphabet())
+        trainer = BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+        model.train_from_iterator(captions, trainer)
+        learned = json.loads(model.to_str())["model"]
+        # Numbered anew, as the trainer's order is not the same in every run; with single letters that end a word, seen or not.
+        tokens = SPECIAL + sorted((set(learned["vocab"]) | {letter + "</w>" for letter in alphabet}) - set(SPECIAL))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        merges = [" ".join(m) if isinstance(m, list) else m for m in learned["merges"]]
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(m + "\n" for m in merges))
+    vocab = json.loads((folder / "vocab.json").read_text())
+    merges = [tuple(m.split(" ")) for m in (folder / "merges.txt").read_text().split("\n")[1:-1]]
     tokenizer = CLIPTokenizer(vocab, merges, pad_token="<|endoftext|>")
     longest = max(len(tokenizer(c).input_ids) for c in captions)
     tokenizer.model_max_length = min(77, 8 * math.ceil(longest / 8))
@@ -91,6 +92,8 @@ def train_tiny_sdxl(
         block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1,
         norm_num_groups=8, latent_channels=latent_channels, mid_block_add_attention=False, sample_size=size, scaling_factor=1.0,
     )  # fmt: skip
+    with torch.no_grad():  # log-variances start low: noise as loud as the latents would hold up the first thousand steps
+        autoencoder.quant_conv.bias[latent_channels:] -= 6
     vocabulary = 324 if len(set(captions)) > 4 * len({w for c in captions for w in c.split()}) else 2000
     tokenizers = [make_tokenizer(captions, work / name, vocabulary) for name in ("tokenizer", "tokenizer_2")]
     encoders = [text_encoder(tokenizers[0], width, False), text_encoder(tokenizers[1], width, True)]
@@ -98,7 +101,7 @@ def train_tiny_sdxl(
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing", steps_offset=1)
 
     train_autoencoder(autoencoder, pictures, vae, work, resume)
-    latents = encode(autoencoder, pictures)
+    latents = encode(autoencoder, to_float(pictures))
     train_unet(network, encoders, tokenizers, scheduler, captions, latents, size, unet, work, resume)
 
     pipe = StableDiffusionXLPipeline(autoencoder, *encoders, *tokenizers, network, scheduler, force_zeros_for_empty_prompt=True, add_watermarker=False)
@@ -115,14 +118,14 @@ def train_tiny_sdxl(
 
 
 @torch.no_grad()
-def encode(autoencoder: AutoencoderKL, pictures: Tensor) -> Tensor:
+def encode(autoencoder: AutoencoderKL, x: Tensor) -> Tensor:
     device = autoencoder.device
-    return torch.cat([autoencoder.encode(to_float(part).to(device)).latent_dist.mode().cpu() for part in pictures.split(64)])
+    return torch.cat([autoencoder.encode(part.to(device)).latent_dist.mode().cpu() for part in x.split(64)])
 
 
 def train_autoencoder(autoencoder: AutoencoderKL, pictures: Tensor, settings: Training, out: Path, resume: bool) -> None:
     """Squared and absolute errors, and absolute errors of the finite differences, which are the edges; a touch of KL. At the end the
-    latents' means and spreads are folded into the 1x1 convolutions around them, so that scaling_factor = 1 is exact."""
+    latents are whitened, so that scaling_factor = 1 is right."""
     device = autoencoder.device
     learner = Learner(dict(autoencoder.named_parameters()), settings.clip)
 
@@ -137,16 +140,21 @@ def train_autoencoder(autoencoder: AutoencoderKL, pictures: Tensor, settings: Tr
         return Step(per_sample.detach(), torch.ones(len(x)), norm, {"rms": mean_over_dims(error.detach() ** 2).mean().sqrt()})
 
     loop({"vae": learner}, step, settings, out, "vae", resume, lambda *_: None)
-    latents = encode(autoencoder, pictures[:4096]).double()
+    whiten(autoencoder, to_float(pictures[:4096]))
+
+
+@torch.no_grad()
+def whiten(autoencoder: AutoencoderKL, x: Tensor) -> None:
+    """Fold the means and spreads of the latents of x (n, 3, S, S) into the 1x1 convolutions around them: no picture changes, and the
+    latents have mean 0 and variance 1 in each channel without a scaling factor."""
+    latents = encode(autoencoder, x).double()
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    with torch.no_grad():
-        into, back = autoencoder.quant_conv, autoencoder.post_quant_conv
-        channels = len(mean)
-        into.weight[:channels] /= std[:, None, None, None].to(into.weight)
-        into.bias[:channels] = ((into.bias[:channels].double().cpu() - mean) / std).to(into.bias)
-        into.bias[channels:] -= 2 * std.log().to(into.bias)  # the log-variances
-        back.bias += (back.weight[:, :, 0, 0].double().cpu() @ mean).to(back.bias)
-        back.weight *= std[None, :, None, None].to(back.weight)
+    into, back, channels = autoencoder.quant_conv, autoencoder.post_quant_conv, len(mean)
+    into.weight[:channels] /= std[:, None, None, None].to(into.weight)
+    into.bias[:channels] = ((into.bias[:channels].double().cpu() - mean) / std).to(into.bias)
+    into.bias[channels:] -= 2 * std.log().to(into.bias)  # the log-variances
+    back.bias += (back.weight[:, :, 0, 0].double().cpu() @ mean).to(back.bias)
+    back.weight *= std[None, :, None, None].to(back.weight)
 
 
 def train_unet(

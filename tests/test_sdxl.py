@@ -4,7 +4,13 @@ import shutil
 import diffusers
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from latent import CHINESE, ENGLISH, untrained_pipeline
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file

@@ -1,0 +1,161 @@
+import pytest
+import torch
+from latent import ENGLISH, untrained_pipeline
+
+import mcm
+from mcm.objectives import Adversarial, DistributionMatching, Preference, gradient
+from mcm.sdxl import SDXL
+from mcm.solvers import expand
+
+
+@pytest.fixture
+def sdxl(tmp_path):
+    return SDXL(untrained_pipeline(tmp_path), rank=4)
+
+
+def output_of(sdxl, student="student", z_from="data", n=4):
+    """What the consistency loss hands to an objective."""
+    cond = sdxl.encode(ENGLISH[:n])
+    stage = mcm.Stage(1, (8, 8), x_var=None, weight="x", distance="squared", z_from=z_from, run=2)
+    x = torch.randn(n, 4, 8, 8) if z_from == "data" else None
+    return mcm.consistency_loss(sdxl.denoiser(student), x, cond, stage, teacher=sdxl.denoiser(), noise=torch.randn(n, 4, 8, 8))
+
+
+def reached(sdxl):
+    """Which sets of weights have a gradient; everything is cleared."""
+    names = set()
+    for key, p in sdxl.unet.named_parameters():
+        if p.grad is not None and p.grad.abs().max() > 0:
+            names.add(next((n for n in ("student", "fake", "critic") if f".{n}." in key), "teacher"))
+        p.grad = None
+    for part in (sdxl.pipe.vae, sdxl.pipe.text_encoder, sdxl.pipe.text_encoder_2):
+        names |= {"frozen part" for p in part.parameters() if p.grad is not None}
+    return names
+
+
+def trained_student(sdxl):
+    for value in sdxl.add("student").values():
+        torch.nn.init.normal_(value, std=0.1)
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3)) * torch.tensor([len(p) - 40.0 for p in prompts])
+
+
+def objectives(sdxl):
+    return [
+        Preference(brightness, sdxl.to_images, s0=16.0), DistributionMatching(sdxl, w=2.0), Adversarial(sdxl, diffused=False),
+    ]  # fmt: skip
+
+
+def test_each_gradient_reaches_only_what_it_should(sdxl):
+    trained_student(sdxl)
+    output_of(sdxl).loss.backward()
+    assert reached(sdxl) == {"student"}
+    for objective in objectives(sdxl):
+        if objective.learner:
+            for value in objective.learner.weights.values():
+                torch.nn.init.normal_(value, std=0.1)
+        output = output_of(sdxl)
+        _, extra = gradient(objective, output, ENGLISH)
+        assert extra.abs().max() > 0 and reached(sdxl) == set()
+        output.x_hat.backward(extra)
+        assert reached(sdxl) == {"student"}, objective
+        if objective.learner:
+            objective.critic_loss(output).backward()
+            expected = {"DistributionMatching": {"fake"}, "Adversarial": {"critic"}}[type(objective).__name__]
+            assert reached(sdxl) == expected
+
+
+def test_the_critic_leaves_the_encoder_of_the_unet_alone(sdxl):
+    critic = Adversarial(sdxl, diffused=True)
+    layers = {key.split(".")[0] for key in critic.learner.weights}
+    assert layers == {"up_blocks", "conv_out"}
+
+
+def test_preference_is_a_hinge(sdxl):
+    """Nothing is asked of samples whose reward has reached s0; the reward of wrong prompts is pushed to 0 and not below."""
+    trained_student(sdxl)
+    output = output_of(sdxl)
+    for right, wrong, s0, expected in ((5.0, -1.0, 3.0, 0.0), (1.0, -1.0, 3.0, 2.0), (5.0, 2.0, 3.0, 2.0), (1.0, 2.0, 3.0, 4.0)):
+        reward = lambda images, prompts: torch.tensor([right if prompts == ENGLISH else wrong] * len(prompts))  # noqa: B023, E731
+        assert Preference(reward, sdxl.to_images, s0).loss(output, ENGLISH).item() == pytest.approx(expected)
+
+
+def test_a_reward_can_be_climbed(sdxl):
+    trained_student(sdxl)
+    learner = mcm.training.Learner(sdxl.weights("student"), 1.0)
+    objective = Preference(lambda images, prompts: images.mean((1, 2, 3)), sdxl.to_images, s0=100.0)
+    losses = []
+    for step in range(15):
+        torch.manual_seed(0)
+        loss = objective.loss(output_of(sdxl), ENGLISH)
+        loss.backward()
+        learner.update(1e-2, step)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.01
+
+
+def test_distribution_matching_points_from_the_fake_score_to_the_real_one(sdxl):
+    """Its gradient on x_hat is the difference of the two denoised x_hat over the mean distance to the real one (DMD2, arXiv 2405.14867)."""
+    trained_student(sdxl)
+    matching = DistributionMatching(sdxl, w=2.0)
+    for value in matching.learner.weights.values():
+        torch.nn.init.normal_(value, std=0.1)
+    output = output_of(sdxl)
+    x = output.x_hat.detach().requires_grad_()
+    torch.manual_seed(4)
+    (gradient,) = torch.autograd.grad(matching.loss(output._replace(x_hat=x), ENGLISH), x)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        t = 0.02 + 0.96 * torch.rand(4, dtype=torch.float64)
+        alpha, sigma = (expand(a, x) for a in matching.fake.schedule(t))
+        z = alpha * x + sigma * torch.randn_like(x)
+        real, fake = matching.real(z, t, output.cond), matching.fake(z, t, output.cond)
+        expected = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
+    assert torch.allclose(gradient * x.numel(), expected, rtol=1e-4, atol=1e-5)
+    assert gradient.abs().max() > 0
+
+
+def test_the_fake_score_learns_the_students_samples(sdxl):
+    trained_student(sdxl)
+    matching, losses = DistributionMatching(sdxl, w=2.0), []
+    output = output_of(sdxl)
+    for step in range(30):
+        torch.manual_seed(0)
+        loss = matching.critic_loss(output)
+        loss.backward()
+        matching.learner.update(3e-3, step)
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("diffused", [False, True])
+def test_the_discriminator_learns_to_tell_real_from_fake(sdxl, diffused):
+    trained_student(sdxl)
+    adversary, losses = Adversarial(sdxl, diffused), []
+    output = output_of(sdxl)
+    output = output._replace(x_hat=output.x_hat * 0.2)
+    for step in range(40):
+        torch.manual_seed(step % 4)
+        loss = adversary.critic_loss(output)
+        loss.backward()
+        adversary.learner.update(1e-2, step)
+        losses.append(loss.item())
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    # and the student is then told to look more real: along its gradient the logits of x_hat rise
+    x = output.x_hat.detach().requires_grad_()
+    torch.manual_seed(0)
+    (gradient,) = torch.autograd.grad(adversary.loss(output._replace(x_hat=x), ENGLISH), x)
+    torch.manual_seed(0)
+    before = adversary.loss(output._replace(x_hat=x.detach()), ENGLISH)
+    torch.manual_seed(0)
+    after = adversary.loss(output._replace(x_hat=x.detach() - 0.1 * gradient / gradient.abs().max()), ENGLISH)
+    assert after < before
+
+
+def test_an_adversary_needs_something_real(sdxl):
+    trained_student(sdxl)
+    output = output_of(sdxl, z_from="teacher")
+    with pytest.raises(mcm.InputError, match="clean images to call real"):
+        Adversarial(sdxl, diffused=False).critic_loss(output)
