@@ -23,6 +23,7 @@ import diffusers
 import torch
 import transformers
 from torch import Tensor
+from tqdm import tqdm
 
 import mcm
 from mcm import cli, metrics, plots, shapes
@@ -33,13 +34,13 @@ from mcm.recipes import RECIPES, Recipe
 from mcm.sampling import milestones, rows
 from mcm.scheduler import MCMScheduler, re_noising_timesteps, uniform_timesteps
 from mcm.scorer import CLIPReward, train_scorer
-from mcm.sdxl import LORA_FILE, SDXL, load_pipeline, unconditional
+from mcm.sdxl import LORA_FILE, SDXL, Condition, load_pipeline, unconditional
 from mcm.tiny_sdxl import train_tiny_sdxl
 from mcm.training import Training
 
 # What a run is made of; every value can be overridden by the option of the same name.
 TINY = dict(
-    pictures=16_000, vae_iterations=1600, teacher_iterations=2000, iterations=None, evaluations=130, batch=64, lr=1e-3, rank=32, guidance=2.0, ema=0.95, samples=1000, scorer_iterations=400, image_size=32,
+    pictures=16_000, vae_iterations=2400, teacher_iterations=2000, iterations=None, evaluations=130, batch=64, lr=1e-3, rank=32, guidance=2.0, ema=0.95, samples=500, scorer_iterations=300, image_size=32,
     share_run=True,
 )  # fmt: skip
 PRESETS = {
@@ -49,7 +50,7 @@ PRESETS = {
         "about a minute on 2 CPU cores, for trying things out; the pictures are not good",
         TINY | dict(pictures=500, vae_iterations=60, teacher_iterations=60, evaluations=2, batch=16, samples=130, scorer_iterations=30),
     ),
-    "pretrained": ("one GPU; see the README for memory", TINY | dict(iterations=12_000, evaluations=None, batch=4, lr=1e-4, rank=64, guidance=8.0, ema=0.99, samples=200, share_run=False)),
+    "pretrained": ("one GPU; see the README for memory", TINY | dict(iterations=12_000, evaluations=None, batch=4, lr=1e-4, rank=64, guidance=8.0, ema=0.99, samples=200, image_size=None, share_run=False)),
 }
 
 
@@ -84,7 +85,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     group = parser.add_argument_group("preset values")
     group.add_argument("--pictures", type=int, help="drawn shapes to train on")
-    group.add_argument("--image-size", type=int, metavar="PIXELS", help="pictures of --data are resized and cropped to this, for the tiny pipeline")
+    group.add_argument("--image-size", type=int, metavar="PIXELS", help="pictures of --data are resized and cropped to this; with --pretrained it is the pipeline's own size")
     group.add_argument("--vae-iterations", type=int, metavar="STEPS", help="training steps of the tiny autoencoder")
     group.add_argument("--teacher-iterations", type=int, metavar="STEPS", help="training steps of the tiny UNet and its text encoders")
     group.add_argument("--scorer-iterations", type=int, metavar="STEPS", help="training steps of the two small scorers: the reward and the evaluator")
@@ -118,6 +119,8 @@ def check(args: argparse.Namespace) -> None:
         raise mcm.InputError(f"unknown recipe {unknown[0]!r}: choose {', '.join(RECIPES)}, or all")
     if args.prompts and not args.pretrained:
         raise mcm.InputError("--prompts goes with --pretrained: a tiny pipeline knows only the words of its own captions")
+    if args.prompts and args.data:
+        raise mcm.InputError("--prompts and --data: the pictures have captions of their own, so give one of the two")
     imageless = args.pretrained and not args.data
     needing = [r for r in args.recipe if RECIPES[r](4).needs_images]
     if imageless and needing:
@@ -129,7 +132,7 @@ def check(args: argparse.Namespace) -> None:
     if max(args.steps) > 8 and any(RECIPES[r](4).renoise for r in args.recipe):
         raise mcm.InputError(f"--steps {max(args.steps)}: the timesteps of re-noising students are tabulated for 1 to 8 steps")
     for name in ("pictures", "vae_iterations", "teacher_iterations", "scorer_iterations", "batch", "lr", "rank", "samples", "accumulate", "save_every", "image_size"):
-        if getattr(args, name) <= 0:
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise mcm.InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     if args.iterations is not None and args.iterations < 1 or args.evaluations is not None and args.evaluations <= 0:
         raise mcm.InputError("--iterations and --evaluations must be positive")
@@ -163,8 +166,7 @@ class World:
 
 def load_world(args: argparse.Namespace) -> World:
     if args.data:
-        size = args.image_size
-        prompts, pictures = captioned_folder(args.data, size)
+        prompts, pictures = captioned_folder(args.data, args.image_size)
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
         held, kept = order[: len(order) // 10], order[len(order) // 10 :]
         if len(held) < 128:
@@ -173,7 +175,10 @@ def load_world(args: argparse.Namespace) -> World:
         return World(args.data.name, [prompts[i] for i in kept], pictures[kept], asked, pictures[held])
     if args.prompts:
         prompts = read_prompts(args.prompts)
-        return World(args.prompts.stem, prompts[: -len(prompts) // 10] or prompts, None, [prompts[-1 - i % len(prompts)] for i in range(args.samples)], None)
+        if len(prompts) < 10:
+            raise mcm.InputError(f"{args.prompts} has {len(prompts)} prompts; at least 10 are needed, to hold a tenth out for measuring")
+        held, kept = prompts[: len(prompts) // 10], prompts[len(prompts) // 10 :]
+        return World(args.prompts.stem, kept, None, [held[i % len(held)] for i in range(args.samples)], None)
     train, held = shapes.split_scenes()
     pool, scenes = shapes.choose(train, args.pictures, 0), shapes.choose(held, args.samples, 1)
     real = shapes.draw(shapes.choose(held, 4 * args.samples, 2), 3)
@@ -201,25 +206,28 @@ def generate(sdxl: SDXL, model, cond, z: Tensor, solver, times: Sequence[float] 
     started, device, chunk = time.perf_counter(), sdxl.device, 64 if sdxl.size <= 16 else 1
     options = {"steps": times} if isinstance(times, int) else {"times": times}
     generator, parts = torch.Generator(device).manual_seed(seed), []
+    bar = tqdm(total=len(z), desc=label, unit="img", leave=False, disable=not label)
     with torch.autocast(device.type, torch.bfloat16, enabled=sdxl.unet.dtype == torch.bfloat16), torch.no_grad():
         for start in range(0, len(z), chunk):
             index = slice(start, start + chunk)
             here = type(cond)(*(None if c is None else c.to(device) for c in rows(cond, index)))
             parts.append(sdxl.to_images(mcm.sample(model, z[index].to(device), cond=here, solver=solver, generator=generator, **options)).clamp(-1, 1).cpu())
+            bar.update(len(parts[-1]))
+    bar.close()
     return torch.cat(parts), (time.perf_counter() - started) / len(z)
 
 
 class Judge:
     """Measures rows of pictures, and keeps what it measured in rows.json, so that a resumed run repeats nothing."""
 
-    def __init__(self, args, world: World, sdxl: SDXL, reward, evaluator, same: dict):
+    def __init__(self, args, world: World, sdxl: SDXL, cond: Condition, reward, evaluator, same: dict):
         self.args, self.world, self.sdxl, self.reward, self.evaluator = args, world, sdxl, reward, evaluator
-        self.cond = sdxl.encode(world.asked)
+        self.cond = cond
         self.z = torch.randn(len(world.asked), sdxl.channels, sdxl.size, sdxl.size, generator=torch.Generator().manual_seed(args.seed + 1_000_000))
         self.store, self.same, self.reference = args.out / "rows.json", same, None
         saved = json.loads(self.store.read_text()) if args.resume and self.store.is_file() else {}
         self.rows = saved["rows"] if saved.get("of") == same else {}
-        self.real = None if world.real is None else self.features(to_float(world.real))
+        self.real = None if world.real is None else torch.cat([self.features(to_float(shrunk(part))) for part in world.real.split(500)])
 
     def features(self, pictures: Tensor) -> Tensor:
         with torch.no_grad():
@@ -307,7 +315,8 @@ def table(results: dict) -> str:
 
 
 def open_out(args: argparse.Namespace) -> None:
-    mine = {"pretrained": args.pretrained and Path(args.pretrained).name, "data": args.data and args.data.name, "seed": args.seed, "full": args.full} | {
+    mine = {"pretrained": args.pretrained and Path(args.pretrained).name, "data": args.data and args.data.name, "seed": args.seed, "full": args.full, "clip": args.clip, "guidance_range": args.guidance_range and list(args.guidance_range),
+        "prompts": args.prompts and digest(args.prompts), "pipeline": args.pipeline and args.pipeline.name} | {
         k: v for k, v in args.values.items() if k != "samples"
     }
     cli.open_out(args.out, mine, args.resume)
@@ -318,19 +327,17 @@ def training(args, iterations: int, batch: int, lr: float, seed: int = 0, **chan
     return Training(iterations, batch, lr=lr, **values | changes)
 
 
-def get_pipeline(args, world: World, device: torch.device):
-    """-> the pipeline, where it is, whether it was there before."""
-    if args.pretrained:
-        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        return load_pipeline(args.pretrained, dtype, device), args.pretrained
-    mark = hashlib.sha256(repr((world.name, len(world.prompts), world.prompts[:100], args.vae_iterations, args.teacher_iterations, args.image_size)).encode()).hexdigest()[:8]
+def tiny_pipeline(args, world: World, device: torch.device):
+    """-> the pipeline trained on this world, now or earlier, and where it is."""
+    made_of = repr((world.name, world.prompts, args.vae_iterations, args.teacher_iterations)).encode() + world.pictures[::50].numpy().tobytes()
+    mark = hashlib.sha256(made_of).hexdigest()[:8]
     folder = args.pipeline or args.out.parent / f"tiny-sdxl-{world.name}-{mark}"
     if (folder / "model_index.json").is_file():
         print(f"the tiny pipeline is there already: {folder}")
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        vae = training(args, args.vae_iterations, 16, 1e-3)
-        train_tiny_sdxl(world.prompts, world.pictures, folder, vae, training(args, args.teacher_iterations, 48, 1e-3))
+        vae = training(args, args.vae_iterations, 8, 1e-3)
+        train_tiny_sdxl(world.prompts, world.pictures, folder, vae, training(args, args.teacher_iterations, 48, 1e-3), device=device)
     return load_pipeline(str(folder), torch.float32, device), str(folder)
 
 
@@ -350,13 +357,20 @@ def get_scorers(args, world: World, folder: Path, device: torch.device):
         if not args.clip:
             print("without pictures or --clip there is no reward: preference stages go without it")
         return (CLIPReward(args.clip, device) if args.clip else None), None
-    half = len(world.prompts) // 2
-    scorers = []
+    half, scorers = len(world.prompts) // 2, []
+    small = torch.cat([shrunk(part) for part in world.pictures.split(256)])
     for n, (name, part) in enumerate((("reward", slice(0, half)), ("evaluator", slice(half, None)))):
         settings = training(args, args.scorer_iterations, 96, 2e-3, seed=n + 1)
         path = folder.parent / f"{folder.name}-{name}-{args.scorer_iterations}.safetensors"
-        scorers.append(train_scorer(world.pictures[part].to(device), world.prompts[part], settings, path))
+        scorers.append(train_scorer(small[part].to(device), world.prompts[part], settings, path))
     return (CLIPReward(args.clip, device) if args.clip else scorers[0]), scorers[1]
+
+
+def shrunk(pictures: Tensor, size: int = 32) -> Tensor:
+    """(n, 3, S, S) uint8 -> (n, 3, 32, 32) uint8, which is all that the scorers look at."""
+    if pictures.shape[-1] == size:
+        return pictures
+    return torch.nn.functional.interpolate(pictures.float(), size=(size, size), mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8)
 
 
 def main(argv: list[str]) -> None:
@@ -365,29 +379,40 @@ def main(argv: list[str]) -> None:
     device = pick_device(args.device)
     args.precision = args.precision or ("bf16" if args.pretrained and device.type == "cuda" else "fp32")
     print(f"{', '.join(args.recipe)}; preset {args.preset}: {args.cost}")
-    world = load_world(args)
+    world = load_world(args) if not args.pretrained or args.prompts else None
+    if args.pretrained:  # before --out is claimed: it may not be there, or be something else
+        pipe, source = load_pipeline(args.pretrained, torch.bfloat16 if args.precision == "bf16" else torch.float32, device), args.pretrained
+        args.image_size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    world = world or load_world(args)
     open_out(args)
-    pipe, source = get_pipeline(args, world, device)
+    if not args.pretrained:
+        pipe, source = tiny_pipeline(args, world, device)
     folder = args.out / "pretrained" if args.pretrained else Path(source)
     reward, evaluator = get_scorers(args, world, folder, device)
     taught = time.perf_counter() - started
 
     sdxl = SDXL(pipe, args.rank, checkpointing=args.checkpointing)
-    sdxl.encode(["a test"])
     data = Captioned(world.prompts, sdxl.encode(world.prompts), None if world.pictures is None else sdxl.to_latents(world.pictures))
+    judge_cond = sdxl.encode(world.asked)
+    for part in (pipe.text_encoder, pipe.text_encoder_2):
+        part.to("cpu")  # all texts are encoded now
     same = {"samples": args.samples, "seed": args.seed, "guidance": args.guidance, "pipeline": Path(source).name}
-    judge = Judge(args, world, sdxl, reward, evaluator, same)
+    judge = Judge(args, world, sdxl, judge_cond, reward, evaluator, same)
     measure_teacher(args, judge)
     if reward:
         with torch.no_grad():  # the level to reach is that of the teacher's own pictures
             reward = reward, reward(judge.teacher_pictures()[:100].to(device), world.asked[:100]).mean().item()
 
-    seconds = {}
+    seconds, used, drawn = {}, {}, {}
     for recipe in args.recipe:
         for K in args.steps if not RECIPES[recipe](1).renoise else [None]:
             name = recipe if K is None else f"{recipe}-{K}"
-            seconds[name] = student(args, judge, data, adapted(RECIPES[recipe](K or 4), args, reward), recipe, name, K, reward, source)
-    report(args, judge, world, seconds, taught, started, device, source)
+            used[name] = adapted(RECIPES[recipe](K or 4), args, reward)
+            seconds[name], pictures = student(args, judge, data, used[name], recipe, name, K, reward, source)
+            drawn |= pictures
+    if len(seconds) > 1:
+        draw_side_by_side(judge, drawn, args.out / "students.png")
+    report(args, judge, world, seconds, used, taught, started, device, source)
 
 
 def measure_teacher(args, judge: Judge) -> None:
@@ -396,14 +421,19 @@ def measure_teacher(args, judge: Judge) -> None:
     for steps in sorted({25, *args.steps}, reverse=True):
         row = {"model": "teacher", "sampler": "ddim", "steps": steps, "nfe": 2 * steps}
         judge.measure(f"teacher ddim {steps}", "teacher", row, guide, judge.cond, mcm.ddim, steps)
+    kinds = {RECIPES[recipe](1).renoise for recipe in args.recipe}
     for steps in sorted(args.steps, reverse=True):
         for name, model, cost in (("undistilled", plain, 1), ("undistilled, guided", guide, 2)):
-            row = {"model": name, "sampler": "renoise", "steps": steps, "nfe": cost * steps}
-            judge.measure(f"{name} renoise {steps}", "teacher", row, model, judge.cond, mcm.renoise, milestones(steps))
+            if True in kinds:
+                row = {"model": name, "sampler": "renoise", "steps": steps, "nfe": cost * steps}
+                judge.measure(f"{name} renoise {steps}", "teacher", row, model, judge.cond, mcm.renoise, milestones(steps))
+        if False in kinds:  # with guidance this is the teacher's own row
+            row = {"model": "undistilled", "sampler": "ddim", "steps": steps, "nfe": steps}
+            judge.measure(f"undistilled ddim {steps}", "teacher", row, plain, judge.cond, mcm.ddim, steps)
 
 
-def student(args, judge: Judge, data: Captioned, recipe: Recipe, recipe_name: str, name: str, K: int | None, reward, source: str) -> float:
-    """Train one student, save it for stock diffusers, measure it. -> the seconds that training took."""
+def student(args, judge: Judge, data: Captioned, recipe: Recipe, recipe_name: str, name: str, K: int | None, reward, source: str) -> tuple[float, dict]:
+    """Train one student, save it for stock diffusers, measure it. -> the seconds that training took, some pictures by (name, steps)."""
     sdxl, out = judge.sdxl, args.out / name
     weights = out / ("unet/diffusion_pytorch_model.safetensors" if args.full else LORA_FILE)
     finished = out / "finished.json"
@@ -420,8 +450,6 @@ def student(args, judge: Judge, data: Captioned, recipe: Recipe, recipe_name: st
         MCMScheduler.like(sdxl.pipe.scheduler, table).save_pretrained(out)
         write(out / "README.md", card(args, recipe, recipe_name, out, source, K or 4, iterations))
         write(finished, json.dumps({"seconds": round(seconds, 1)}))
-        for state in args.out.glob(f"{name}-*.state.safetensors"):
-            state.unlink()
     cond = judge.cond
     if args.guidance_range:
         cond = cond._replace(omega=torch.full((len(cond.states),), args.guidance - 1.0))
@@ -429,21 +457,33 @@ def student(args, judge: Judge, data: Captioned, recipe: Recipe, recipe_name: st
         row = {"model": "student", "recipe": name, "sampler": "renoise" if recipe.renoise else "ddim", "steps": steps, "nfe": steps}
         times, solver = (milestones(steps), mcm.renoise) if recipe.renoise else (steps, mcm.ddim)
         judge.measure(f"{name} {steps}", digest(weights), row, sdxl.denoiser("average"), cond, solver, times)
-    draw_rows(args, judge, name, recipe, K, cond)
+    pictures = draw_rows(args, judge, name, recipe, K, cond)
     for which in [w for w in sdxl.unets if w]:
         sdxl.remove(which)
-    return seconds
+    for state in args.out.glob(f"{name}-[0-9].state.safetensors"):
+        state.unlink()
+    return seconds, pictures
 
 
-def draw_rows(args, judge: Judge, name: str, recipe: Recipe, K: int | None, cond) -> None:
+def draw_rows(args, judge: Judge, name: str, recipe: Recipe, K: int | None, cond) -> dict[tuple[str, int], Tensor]:
     """NAME.png: the teacher's 25 steps, then the student's, the same captions and noise down each column."""
     n, sdxl = min(10, len(judge.world.asked)), judge.sdxl
     part = slice(0, n)
-    drawn = {"teacher, 25 steps": judge.teacher_pictures()[part]}
+    drawn = {}
     for steps in sorted(args.steps if K is None else [K], reverse=True):
         times, solver = (milestones(steps), mcm.renoise) if recipe.renoise else (steps, mcm.ddim)
-        drawn[f"{name}, {steps} step{'s' * (steps > 1)}"] = generate(sdxl, sdxl.denoiser("average"), rows(cond, part), judge.z[part], solver, times, args.seed, "")[0]
-    plots.sample_rows(drawn, args.out / f"{name}.png", columns=judge.world.asked[part])
+        drawn[name, steps] = generate(sdxl, sdxl.denoiser("average"), rows(cond, part), judge.z[part], solver, times, args.seed, "")[0]
+    labelled = {f"{name}, {steps} step{'s' * (steps > 1)}": pictures for (name, steps), pictures in drawn.items()}
+    plots.sample_rows({"teacher, 25 steps": judge.teacher_pictures()[part]} | labelled, args.out / f"{name}.png", columns=judge.world.asked[part])
+    return drawn
+
+
+def draw_side_by_side(judge: Judge, drawn: dict[tuple[str, int], Tensor], path: Path) -> None:
+    """students.png: the teacher's 25 steps, then every student in 4 steps, 2 and 1, the same captions and noise down each column."""
+    rows_ = {"teacher, 25 steps": judge.teacher_pictures()[: len(next(iter(drawn.values())))]}
+    for wanted in (4, 2, 1):
+        rows_ |= {f"{name}, {steps} step{'s' * (steps > 1)}": pictures for (name, steps), pictures in drawn.items() if steps == wanted}
+    plots.sample_rows(rows_, path, columns=judge.world.asked[: len(rows_["teacher, 25 steps"])])
 
 
 def card(args, recipe: Recipe, recipe_name: str, out: Path, source: str, steps: int, iterations: int) -> str:
@@ -475,7 +515,7 @@ Rank {args.rank}, alpha {args.rank}; seed {args.seed}; {iterations} iterations o
 """
 
 
-def report(args, judge: Judge, world: World, seconds: dict[str, float], taught: float, started: float, device: torch.device, source: str) -> None:
+def report(args, judge: Judge, world: World, seconds: dict[str, float], used: dict[str, Recipe], taught: float, started: float, device: torch.device, source: str) -> None:
     rows_ = [entry["row"] for entry in judge.rows.values()]
     alignment = "pictures that an exact reader finds to show all that the caption says" if world.scenes else "own caption ranked first among 32 by a scorer that no student saw"
     results = {
@@ -487,7 +527,7 @@ def report(args, judge: Judge, world: World, seconds: dict[str, float], taught: 
         },
         "rows": rows_, "seconds": {"teacher": round(taught, 1), "students": seconds, "total": round(time.perf_counter() - started, 1)},
         "settings": args.values | {"guidance_range": args.guidance_range, "full": args.full, "precision": args.precision},
-        "recipes": {name: [dataclasses.asdict(phase) for phase in RECIPES[name](4).phases] for name in args.recipe},
+        "recipes": {name: dataclasses.asdict(recipe) | {"evaluations_per_sample": recipe.evaluations()} for name, recipe in used.items()},
     }  # fmt: skip
     write(args.out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     write(args.out / "results.md", table(results))

@@ -27,7 +27,11 @@ def describe(device: torch.device) -> str:
 
 def digest(path: Path) -> str:
     """12 hex digits that tell one checkpoint from another."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            total.update(part)
+    return total.hexdigest()[:12]
 
 
 def write(path: Path, text: str) -> None:

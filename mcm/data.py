@@ -254,7 +254,11 @@ def captioned_folder(data_dir: Path, image_size: int) -> tuple[list[str], Tensor
     if not listing.is_file():
         raise InputError(f"{listing} is missing: captioned pictures need it, with one line of JSON each, like {{\"file_name\": \"a.png\", \"text\": \"a cat\"}}")
     captions, pictures, skipped = [], [], 0
-    for number, line in enumerate(tqdm(listing.read_text("utf-8").splitlines(), "reading", leave=False), 1):
+    try:
+        lines = listing.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{listing} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+    for number, line in enumerate(tqdm(lines, "reading", leave=False), 1):
         if not line.strip():
             continue
         try:
@@ -262,7 +266,7 @@ def captioned_folder(data_dir: Path, image_size: int) -> tuple[list[str], Tensor
             name, text = entry["file_name"], entry["text"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(f"{listing}, line {number}: no file_name and text in it ({error})") from None
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
             raise InputError(f"{listing}, line {number}: {name} has no caption")
         try:
             with Image.open(data_dir / name) as image:

@@ -7,6 +7,7 @@ Losses, samplers and metrics see only this call and `denoiser.schedule`; none of
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Denoiser(nn.Module):
 class Guided(nn.Module):
     """What `guided` returns; `.conditional` is the denoiser without guidance (x_var is estimated from that one)."""
 
-    def __init__(self, conditional: nn.Module, w: float | Tensor, null_cond: Any):
+    def __init__(self, conditional: nn.Module, w: float | Tensor | Callable, null_cond: Any):
         super().__init__()
         self.conditional, self.w, self.null_cond, self.schedule = conditional, w, null_cond, conditional.schedule
         self.student_steps = getattr(conditional, "student_steps", None)
@@ -75,15 +76,16 @@ class Guided(nn.Module):
         null = self.null_cond(cond) if callable(self.null_cond) else self.null_cond
         null = null.expand_as(cond) if isinstance(null, Tensor) else null
         x_null, x_cond = self.conditional(z, t, null), self.conditional(z, t, cond)
-        w = expand(self.w, z) if isinstance(self.w, Tensor) else self.w
+        w = self.w(cond) if callable(self.w) else self.w
+        w = expand(w, z) if isinstance(w, Tensor) else w
         return x_null + w * (x_cond - x_null)
 
 
-def guided(denoiser: nn.Module, w: float | Tensor, null_cond: Any = None) -> nn.Module:
+def guided(denoiser: nn.Module, w: float | Tensor | Callable, null_cond: Any = None) -> nn.Module:
     """Classifier-free guidance: x_hat = x(null) + w (x(cond) - x(null)) (arXiv 2207.12598; w as in Imagen).
 
     w = 1 is the conditional model, w = 0 the unconditional one; papers that write cond + omega (cond - null) mean omega = w - 1.
-    w: a number or (B,). null_cond: what "no condition" is to the network, or a function that makes it from cond; None is passed on as None.
+    w: a number, (B,), or a function that finds it in cond. null_cond: what "no condition" is to the network, or a function that makes it from cond; None is passed on as None.
     Guiding x_hat or the predicted noise is the same thing, both being affine in each other at a given z_t.
     """
     return Guided(denoiser, w, null_cond)

@@ -11,7 +11,7 @@ from .denoiser import guided
 from .errors import InputError
 from .losses import LossOutput, consistency_loss
 from .objectives import Adversarial, DistributionMatching, Preference, gradient
-from .recipes import Recipe, Stage
+from .recipes import Phase, Recipe
 from .sampling import rows
 from .scorer import Reward
 from .sdxl import SDXL, Condition, unconditional
@@ -52,10 +52,13 @@ def distil(
     ranged = isinstance(guidance, tuple)  # a student is told its guidance only when there is more than one
     if ranged and not full:
         raise InputError("a range of guidance needs a student that is told it, which a LoRA cannot be: use one value, or full fine-tuning")
+    if reward is None and any(kind == "preference" for phase in recipe.phases for kind, _ in phase.stage.extra):
+        raise InputError("this recipe has a preference stage: give it a reward")
     torch.manual_seed(mixed(settings.seed, len(recipe.phases)))
-    spent = {}
-    weights = {which: sdxl.add(which, None if which == "student" else "student", full=full, guidance_input=ranged) for which in ("student", "target", "average")}
+    names = ["student", "average"] + ["target"] * any(phase.stage.target_ema is not None for phase in recipe.phases)
+    spent, weights = {}, {which: sdxl.add(which, None if which == "student" else "student", full=full, guidance_input=ranged) for which in names}
     for number, phase in enumerate(recipe.phases):
+        torch.manual_seed(mixed(settings.seed, number, 1))  # for what the phase initialises, whether the run was resumed or not
         share = phase.share / sum(p.share for p in recipe.phases)
         iterations = max(1, round(settings.iterations * share))
         here = replace(
@@ -68,8 +71,8 @@ def distil(
                     value.copy_(weights["student"][key])
             averages.append((weights["target"], lambda step, decay=phase.stage.target_ema: decay))
         learner = Learner(weights["student"], here.clip, averages)
-        objectives = {kind: (weight, _objective(kind, sdxl, guidance, reward)) for kind, weight in phase.stage.extra}
-        step = _step(sdxl, phase.stage, data, here, guidance, learner, objectives)
+        objectives = {kind: (weight, _objective(kind, sdxl, data, guidance, reward)) for kind, weight in phase.stage.extra}
+        step = _step(sdxl, phase, data, here, guidance, learner, objectives)
         critics = {kind: objective.learner for kind, (_, objective) in objectives.items() if objective.learner}
 
         def on_save(done: int, seconds: float, new: bool, number: int = number) -> None:
@@ -84,9 +87,9 @@ def distil(
     return sum(spent.values())
 
 
-def _step(sdxl: SDXL, stage: Stage, data: Captioned, settings: Training, guidance, learner: Learner, objectives: dict) -> Callable[[int], Step]:
+def _step(sdxl: SDXL, phase: Phase, data: Captioned, settings: Training, guidance, learner: Learner, objectives: dict) -> Callable[[int], Step]:
     """One training step of a phase."""
-    device, size, autocast = sdxl.device, settings.batch // settings.accumulate, settings.precision == "bf16"
+    stage, device, size, autocast = phase.stage, sdxl.device, settings.batch // settings.accumulate, settings.precision == "bf16"
     student, teacher = sdxl.denoiser("student"), sdxl.denoiser()
     target = None if stage.target_ema is None else sdxl.denoiser("target")
 
@@ -97,8 +100,8 @@ def _step(sdxl: SDXL, stage: Stage, data: Captioned, settings: Training, guidanc
         x, w = data.latents[chosen].to(device) if stage.z_from == "data" else None, guidance
         noise = torch.randn(len(chosen), sdxl.channels, sdxl.size, sdxl.size, device=device)
         if isinstance(guidance, tuple):
-            w = guidance[0] + (guidance[1] - guidance[0]) * torch.rand(len(chosen), device=device)
-            cond = cond._replace(omega=w - 1)
+            cond = cond._replace(omega=guidance[0] - 1 + (guidance[1] - guidance[0]) * torch.rand(len(chosen), device=device))
+            w = _told
         output = consistency_loss(student, x, cond, stage, teacher=guided(teacher, w, unconditional), target=target, progress=progress, noise=noise)
         # Every loss acts on x_hat, and only through it on the student. Their scales have nothing to do with each other (a mean over
         # dimensions, logits, a reward), so a weight is the ratio of the gradients' norms there.
@@ -123,19 +126,23 @@ def _step(sdxl: SDXL, stage: Stage, data: Captioned, settings: Training, guidanc
                     with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
                         critic = objective.critic_loss(output)
                     (critic / len(outputs)).backward()
-                objective.learner.update(settings.lr_at(index), index)
+                objective.learner.update(phase.critic_lr * settings.lr_at(index), index)
                 figures[f"{kind}_critic"] = critic.detach()
         return Step(torch.cat([o.per_sample.detach() for o in outputs]), torch.cat([o.t for o in outputs]), norm, figures)
 
     return step
 
 
-def _objective(kind: str, sdxl: SDXL, guidance: float | tuple[float, float], reward: tuple[Reward, float] | None):
+def _told(cond: Condition) -> Tensor:
+    """The teacher's guidance is what the student is told."""
+    return cond.omega + 1
+
+
+def _objective(kind: str, sdxl: SDXL, data: Captioned, guidance: float | tuple[float, float], reward: tuple[Reward, float] | None):
     w = sum(guidance) / 2 if isinstance(guidance, tuple) else guidance
     if kind == "preference":
-        if reward is None:
-            raise InputError("this recipe has a preference stage: give it a reward")
-        return Preference(reward[0], sdxl.to_images, reward[1])
+        most = None if sdxl.size <= 32 else 2  # a decoder of full size is dear
+        return Preference(reward[0], sdxl.to_images, reward[1], data.prompts, most)
     if kind == "distribution_matching":
         return DistributionMatching(sdxl, w)
     if kind in ("adversarial", "adversarial_diffused"):

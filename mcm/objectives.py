@@ -34,23 +34,23 @@ class Preference:
         max(0, s0 - r(x_hat, its prompt)) + max(0, r(x_hat, another prompt))
 
     reward: see mcm.scorer; s0: the paper's 16 belongs to its MPS scorer; here it is an argument, and the scripts use the mean reward of
-    the teacher's own pictures. The other prompts are those of the next samples of the batch. most: samples of the batch that are
-    decoded (the VAE is dear); None: all.
+    the teacher's own pictures. pool: prompts to draw the other ones from. most: samples of the batch that are decoded (the VAE is
+    dear); None: all.
     """
 
     learner = None
     updates = 0
 
-    def __init__(self, reward: Reward, decode: Callable[[Tensor], Tensor], s0: float, most: int | None = None):
-        self.reward, self.decode, self.s0, self.most = reward, decode, s0, most
+    def __init__(self, reward: Reward, decode: Callable[[Tensor], Tensor], s0: float, pool: Sequence[str], most: int | None = None):
+        self.reward, self.decode, self.s0, self.pool, self.most = reward, decode, s0, pool, most
 
     def loss(self, output: LossOutput, prompts: Sequence[str]) -> Tensor:
         part = torch.linspace(0, len(output.x_hat) - 1, min(self.most or len(output.x_hat), len(output.x_hat))).long()
         prompts = [prompts[i] for i in part]
         images = self.decode(output.x_hat[part.to(output.x_hat.device)]).clamp(-1.5, 1.5)
-        # another sample's prompt, as far away as the batch allows: neighbours may share one
-        others = prompts[len(prompts) // 2 :] + prompts[: len(prompts) // 2]
-        return ((self.s0 - self.reward(images, prompts)).clamp_min(0) + self.reward(images, others).clamp_min(0)).mean()
+        others = [self.pool[i] for i in torch.randint(len(self.pool), (len(prompts),)).tolist()]
+        differ = torch.tensor([float(a != b) for a, b in zip(prompts, others)], device=images.device)
+        return ((self.s0 - self.reward(images, prompts)).clamp_min(0) + differ * self.reward(images, others).clamp_min(0)).mean()
 
 
 class DistributionMatching:
@@ -59,8 +59,8 @@ class DistributionMatching:
 
         grad = (p_real - p_fake) / mean|p_real|,   p = x_hat - (denoised x_hat, noised to t'),   t' uniform in [0.02, 0.98]
 
-    The fake score is a LoRA of the teacher, trained by the plain noise-prediction loss on the student's samples, `updates` times per
-    step of the student (DMD2 uses 5; the paper says nothing). w: guidance of the real score; the fake one has none.
+    The fake score is a LoRA of the teacher, trained by the plain noise-prediction loss on the student's x_hat, `updates` times per step
+    of the student (DMD2 uses 5; the paper says nothing). w: guidance of the real score; the fake one has none.
     """
 
     def __init__(self, sdxl: SDXL, w: float, updates: int = FAKE_UPDATES, clip: float = 10.0):
@@ -78,8 +78,7 @@ class DistributionMatching:
         return 0.5 * mean_over_dims((x - (x - gradient).detach()) ** 2).mean()
 
     def critic_loss(self, output: LossOutput) -> Tensor:
-        x = output.x_hat.detach() if output.x is None else output.x
-        fake = diffusion_loss(self.fake, x, output.cond)
+        fake = diffusion_loss(self.fake, output.x_hat.detach(), output.cond)
         alpha = self.fake.schedule(fake.t)[0].float()
         return (fake.per_sample * alpha**2).mean()  # the v-loss times alpha^2 is the noise-prediction loss
 

@@ -97,11 +97,13 @@ def diffusion(steps: int) -> Stage:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stage in its place in a recipe: its share of the iterations, and its learning rate as a multiple of the run's."""
+    """A stage in its place in a recipe: its share of the iterations, its learning rate as a multiple of the run's, and that of its critics
+    (discriminator, fake score) as a multiple of the student's."""
 
     stage: Stage
     share: float = 1.0
     lr: float = 1.0
+    critic_lr: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -149,34 +151,37 @@ def lcm_latent(K: int) -> Recipe:
     return Recipe((Phase(stage),), True, "latent consistency model (arXiv 2310.04378): one segment of 50 steps, from images; one model for all step counts")
 
 
-def mlcm_latent(K: int) -> Recipe:
-    """The paper's body was not available: 8, 4, 2 segments and their shares are inferred, the rest is TLCM's first stage."""
+def mlcm_latent(K: int, preference: float = 0.3) -> Recipe:
+    """The paper's body was not available: 8, 4, 2 segments and their shares are inferred, the rest is TLCM's first stage.
+    preference: weight, not printed."""
 
     def stage(segments: int, **changes) -> Stage:
         return Stage(segments, (1000, 1000), skip=20, x_var=None, weight="q", distance="squared", z_from="teacher", run=8, **changes)
 
-    phases = (Phase(stage(8), 0.4), Phase(stage(4), 0.25), Phase(stage(2), 0.25), Phase(stage(2, extra=(("preference", 0.3),)), 0.1, 0.3))
+    phases = (Phase(stage(8), 0.4), Phase(stage(4), 0.25), Phase(stage(2), 0.25), Phase(stage(2, extra=(("preference", preference),)), 0.1, 0.3))
     return Recipe(phases, True, "multistep latent consistency (arXiv 2406.05768v1-3): 8, then 4, then 2 segments, then a preference; from prompts alone; one model for all step counts")
 
 
-def tlcm_latent(K: int) -> Recipe:
-    """Shares and rates are the paper's: 12,000, 2,000, 500 and 1,000 iterations, at 1e-4 and then 1e-5."""
+def tlcm_latent(K: int, preference: float = 0.3, matching: float = 0.5, adversarial: float = 0.2) -> Recipe:
+    """Shares and rates are the paper's: 12,000, 2,000, 500 and 1,000 iterations, at 1e-4 and then 1e-5, the discriminator at 1e-4. The
+    weights of the further objectives are not printed."""
     first = Stage(8, (1000, 1000), skip=20, x_var=None, weight="q", distance="squared", z_from="teacher", run=8)
 
     def later(**changes) -> Stage:
         return Stage(1, (8, 8), x_var=None, weight="x", distance="squared", sub_steps=3, z_from="student", run=4, **changes)
 
-    matching = (("distribution_matching", 0.5), ("adversarial_diffused", 0.2))
-    phases = (Phase(first, 0.77), Phase(later(), 0.13, 0.1), Phase(later(extra=(("preference", 0.3),)), 0.03, 0.1), Phase(later(extra=matching), 0.07, 0.1))
-    return Recipe(phases, True, "training-free-of-images latent consistency (arXiv 2406.05768v6): 8 segments, then all at once on its own samples, preference, distribution matching, adversary; from prompts alone; one model for all step counts")
+    both = (("distribution_matching", matching), ("adversarial_diffused", adversarial))
+    phases = (Phase(first, 0.77), Phase(later(), 0.13, 0.1), Phase(later(extra=(("preference", preference),)), 0.03, 0.1), Phase(later(extra=both), 0.07, 0.1, 10))
+    return Recipe(phases, True, "training-efficient latent consistency (arXiv 2406.05768v6): 8 segments, then all at once on its own samples, preference, distribution matching, adversary; from prompts alone; one model for all step counts")
 
 
-def scott_latent(K: int) -> Recipe:
+def scott_latent(K: int, adversarial: float = 0.4) -> Recipe:
+    """The discriminator's rate is the paper's 2e-5 over 8e-6 for the student."""
     stage = Stage(
         1, (1000, 1000), skip=24, x_var=None, weight="x", distance="squared", sub_steps=3, noise="er5", order=2, target_ema=0.95,
-        extra=(("adversarial", 0.4),),
+        extra=(("adversarial", adversarial),),
     )  # fmt: skip
-    return Recipe((Phase(stage),), True, "stochastic consistency distillation (arXiv 2403.01505): the teacher's steps are an SDE's, with an adversary, from images; one model for all step counts")
+    return Recipe((Phase(stage, critic_lr=2.5),), True, "stochastic consistency distillation (arXiv 2403.01505): the teacher's steps are an SDE's, with an adversary, from images; one model for all step counts")
 
 
 RECIPES = {"cm": cm_latent, "lcm": lcm_latent, "mcm": mcm_latent, "mlcm": mlcm_latent, "tlcm": tlcm_latent, "scott": scott_latent}

@@ -7,6 +7,7 @@ import torch
 from diffusers import ConfigMixin, DDIMScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .errors import InputError
@@ -71,7 +72,7 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def step(
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float = 0.0, generator: torch.Generator | None = None, return_dict: bool = True
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float = 0.0, generator: torch.Generator | list | None = None, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
         """From the network's output at this timestep to the sample at the next one; from the last timestep to x_hat itself."""
         place = (self.timesteps == timestep).nonzero()
@@ -91,7 +92,7 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
             if eta > 0:  # z_after given z_between: the forward process from the one to the other
                 (alpha, _), (alpha_after, _) = self.schedule(between), self.schedule(after)
                 kept = alpha_after / alpha
-                noise = torch.randn(z.shape, generator=generator, device=generator.device if generator else z.device).to(z.device)
+                noise = randn_tensor(z.shape, generator=generator, device=z.device)
                 previous = expand(kept, z) * previous + expand(torch.sqrt(1 - kept**2), z) * noise
         previous = previous.to(sample.dtype)
         return SchedulerOutput(previous) if return_dict else (previous,)

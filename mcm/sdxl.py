@@ -5,13 +5,13 @@ One UNet carries several sets of weights under names: None is the pipeline's own
 and kept; the VAE is used only to encode images that are given and to decode images that are wanted.
 """
 
-import copy
 import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -52,19 +52,31 @@ def unconditional(cond: Condition) -> Condition:
     return cond._replace(states=torch.zeros_like(cond.states), pooled=torch.zeros_like(cond.pooled))
 
 
+LORA_LAYERS: WeakKeyDictionary = WeakKeyDictionary()  # UNet -> its layers with LoRAs: finding them takes a walk over 20,000 modules
+
+
+def lora_layers(unet: nn.Module) -> list[BaseTunerLayer]:
+    if unet not in LORA_LAYERS:
+        LORA_LAYERS[unet] = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
+    return LORA_LAYERS[unet]
+
+
 @contextmanager
 def active(unet: nn.Module, name: str | None) -> Iterator[None]:
     """Within this block the LoRA of this name, and no other, is on. What requires gradients does not change (unlike with
     peft's set_adapter), so that a student's backward pass may come after its teacher was asked."""
-    layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
-    before = [layer._active_adapter for layer in layers]
+    layers, wanted = lora_layers(unet), [] if name is None else [name]
+    before = layers[0]._active_adapter if layers else wanted  # all layers always have the same ones on
+    if before == wanted:
+        yield
+        return
     for layer in layers:
-        layer._active_adapter = [] if name is None else [name]
+        layer._active_adapter = wanted
     try:
         yield
     finally:
-        for layer, value in zip(layers, before):
-            layer._active_adapter = value
+        for layer in layers:
+            layer._active_adapter = before
 
 
 def checkpoint_gradients(unet: UNet2DConditionModel) -> None:
@@ -72,7 +84,8 @@ def checkpoint_gradients(unet: UNet2DConditionModel) -> None:
     they are recomputed under whichever is on later, and the gradients are silently wrong.)"""
 
     def run(block, *args):
-        name = next((m._active_adapter for m in unet.modules() if isinstance(m, BaseTunerLayer)), None)
+        layers = lora_layers(unet)
+        name = layers[0]._active_adapter if layers else None
 
         def under_the_same(*inputs):
             with active(unet, name[0] if name else None):
@@ -120,6 +133,8 @@ class SDXL:
                 part.requires_grad_(False).eval()
         if checkpointing:
             checkpoint_gradients(self.unet)
+            pipe.vae.enable_gradient_checkpointing()
+            pipe.vae.train()  # diffusers checkpoints only then; there is nothing else in it that training changes
 
     def add(self, name: str, like: str | None = None, modules: list[str] | str = MODULES, full: bool = False, guidance_input: bool = False) -> dict[str, nn.Parameter]:
         """A new set of weights that starts as `like` (None: the teacher). -> its parameters by name.
@@ -127,10 +142,13 @@ class SDXL:
         modules: which layers get a LoRA. full: a copy of the whole UNet instead; with guidance_input it takes omega as an input.
         """
         if full:
-            unet = copy.deepcopy(self.unets[like]).float()
+            source = self.unets[like]
+            unet = UNet2DConditionModel.from_config(source.config).to(self.device)
+            # without LoRAs that critics may have on it, or leave behind
+            unet.load_state_dict({k.replace(".base_layer.", "."): v for k, v in source.state_dict().items() if "lora_" not in k})
             if guidance_input and not unet.config.time_cond_proj_dim:
                 give_guidance_input(unet)
-            self.unets[name] = unet.requires_grad_(True)
+            self.unets[name] = unet.requires_grad_(True).eval().to(memory_format=torch.channels_last)
             if self.checkpointing:
                 checkpoint_gradients(unet)
             return self.weights(name)
@@ -138,15 +156,15 @@ class SDXL:
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             self.unet.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=modules, init_lora_weights="gaussian"), name)
         self.unets[name] = self.unet
-        weights = self.weights(name)
+        LORA_LAYERS.pop(self.unet, None)
+        weights, source = self.weights(name), {} if like is None else self.weights(like)
         with torch.no_grad():
             for key, value in weights.items():
                 value.data = value.data.float()
-                if like is not None:
-                    value.copy_(self.weights(like)[key])
-        for layer in self.unet.modules():  # all off, and all trainable: peft has switched the new one on and frozen the others
-            if isinstance(layer, BaseTunerLayer):
-                layer._active_adapter = []
+                if source:
+                    value.copy_(source[key])
+        for layer in lora_layers(self.unet):  # all off, and all trainable: peft has switched the new one on and frozen the others
+            layer._active_adapter = []
         for key, value in self.unet.named_parameters():
             value.requires_grad_("lora_" in key)
         return weights
@@ -161,6 +179,8 @@ class SDXL:
         """Forget a set of weights."""
         if self.unets.pop(name) is self.unet:
             self.unet.delete_adapters(name)
+            for layer in lora_layers(self.unet):
+                layer._active_adapter = []
 
     def denoiser(self, name: str | None = None) -> Denoiser:
         """The teacher (None) or another set of weights, as a denoiser."""
@@ -180,10 +200,10 @@ class SDXL:
         return Condition(torch.cat(states)[index], torch.cat(pooled)[index], ids)
 
     @torch.no_grad()
-    def to_latents(self, images: Tensor, chunk: int = 64) -> Tensor:
+    def to_latents(self, images: Tensor) -> Tensor:
         """images: (n, 3, H, W) float in [-1, 1] or uint8 -> latents (n, 4, h, w), on the CPU: the means, scaled."""
         vae, parts = self.pipe.vae, []
-        for part in images.split(chunk):
+        for part in images.split(max(1, 2**16 // images[0, 0].numel())):
             part = part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part
             parts.append((vae.encode(part.to(self.device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor).cpu())
         return torch.cat(parts)
@@ -196,7 +216,7 @@ class SDXL:
     def save(self, out: Path, name: str = "average") -> None:
         """Write this set of weights for stock diffusers: out/pytorch_lora_weights.safetensors, or out/unet."""
         if self.unets[name] is not self.unet:
-            self.unets[name].save_pretrained(out / "unet")
+            self.unets[name].save_pretrained(out / "unet", max_shard_size="20GB")
             return
         layers = get_peft_model_state_dict(self.unet, adapter_name=name)  # not converted: a mixed file would lose its attention layers
         config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": MODULES}
@@ -292,4 +312,6 @@ def load_pipeline(source: str, dtype: torch.dtype, device: torch.device) -> Stab
     if pipe.unet.config.addition_embed_type != "text_time":
         raise InputError(f"{source} is a {type(pipe).__name__} whose UNet has addition_embed_type {pipe.unet.config.addition_embed_type!r}; SDXL's is 'text_time'")
     pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)
     return pipe.to(device)

@@ -18,9 +18,9 @@ SIZE = 32
 COLOURS = {"red": (0.85, 0.1, 0.1), "green": (0.1, 0.65, 0.2), "blue": (0.15, 0.2, 0.85), "yellow": (0.95, 0.85, 0.1)}
 BACKGROUNDS = {"black": (0.12, 0.12, 0.12), "white": (0.88, 0.88, 0.88), "green": (0.12, 0.6, 0.2), "blue": (0.15, 0.2, 0.8)}
 SHAPES = {"circle": 0, "square": 4, "triangle": 3}  # corners
-RADII = {"small": (4.1, 4.5), "large": (5.9, 6.3)}  # in pixels, of the circle; corners stick out beyond it
+RADII = {"small": (4.5, 4.9), "large": (6.1, 6.5)}  # in pixels, of the circle; corners stick out beyond it
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}  # (x, y) of the first seen from the second
-CORNER = {"circle": 1.0, "square": 1.3, "triangle": 1.35}  # distance of the corners in radii
+CORNER = {"circle": 1.0, "square": 1.3, "triangle": 1.3}  # distance of the corners in radii
 STRIPES, PERIOD = 0.1, 8.0  # amplitude and wavelength of the background's stripes
 LINE = (np.arange(SIZE) + 0.5).astype(np.float32)
 Y, X = np.meshgrid(LINE, LINE, indexing="ij")
@@ -96,7 +96,7 @@ def _draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         masks = []
         for i, o in enumerate(scene.objects):
             if scene.relation:
-                along = np.array(RELATIONS[scene.relation]) * (7.5 if i == 0 else -7.5)
+                along = np.array(RELATIONS[scene.relation]) * (7.75 if i == 0 else -7.75)
                 spread = np.where(along != 0, 0.5, 3.0)
             else:
                 along, spread = np.zeros(2), np.full(2, 4.0)
@@ -113,7 +113,7 @@ def _draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 # --- the reader ----------------------------------------------------------------------------------------------------------
 
 COLOUR_LIMIT = 0.22  # a colour further from all palette entries is none of them
-SHAPE_LIMIT = 0.24  # a silhouette that differs from all templates by more than this share of its area is no shape
+SHAPE_LIMIT = 0.28  # a silhouette that differs from all templates by more than this share of its area is no shape
 
 
 def nearest_colour(rgb: np.ndarray, palette: dict[str, tuple]) -> str | None:
@@ -177,7 +177,7 @@ def _read_object(picture: np.ndarray, ground: np.ndarray, region: np.ndarray) ->
     error, shape, radius = best
     if error > SHAPE_LIMIT:
         return None
-    return Object("large" if radius >= 5.2 else "small", colour, shape), np.array([cx, cy])
+    return Object("large" if radius >= 5.5 else "small", colour, shape), np.array([cx, cy])
 
 
 def agrees(scene: Scene, asked: Scene) -> bool:

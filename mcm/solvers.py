@@ -126,8 +126,9 @@ def er_sde(
     if x_hat_prev is None or not isinstance(noise_scale, str):
         return z_s
     alpha_prev, sigma_prev = schedule(t_prev)
-    defined = (alpha_prev > 0) & (t_prev > t) & (s < t)
     lambda_t, lambda_s, lambda_prev = (torch.exp(log_t), torch.exp(log_s), sigma_prev / torch.where(alpha_prev > 0, alpha_prev, 1.0))
+    # by the noise levels, not the times: a discrete schedule may round different times to one level
+    defined = (alpha_prev > 0) & (lambda_prev - lambda_t > 1e-9 * lambda_t) & (log_s < log_t)
     path = log_s + (log_t - log_s) * torch.linspace(0, 1, 101, dtype=t.dtype, device=t.device)[:, None]
     # phi(lambda_s) I, with d lambda / phi = d log lambda / h
     integral = torch.trapezoid(torch.exp(log_h(log_s) - log_h(path)), dim=0) / 100 * (log_t - log_s) * lambda_s

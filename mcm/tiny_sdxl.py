@@ -74,7 +74,8 @@ def make_unet(latent_size: int, width: int, latent_channels: int = 4, channels: 
 
 
 def train_tiny_sdxl(
-    captions: Sequence[str], pictures: Tensor, out: Path, vae: Training, unet: Training, width: int = 64, resume: bool = True, latent_channels: int = 4
+    captions: Sequence[str], pictures: Tensor, out: Path, vae: Training, unet: Training, width: int = 64, resume: bool = True, latent_channels: int = 4,
+    device: str | torch.device = "cpu",
 ) -> StableDiffusionXLPipeline:
     """Train a pipeline on pictures (n, 3, S, S) uint8, S a multiple of 8, and their captions; save it in `out` and return it.
 
@@ -100,6 +101,10 @@ def train_tiny_sdxl(
     network = make_unet(size // 4, width, latent_channels)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing", steps_offset=1)
 
+    for module in (autoencoder, network):  # a quarter faster on a CPU
+        module.to(memory_format=torch.channels_last)
+    for module in (autoencoder, network, *encoders):
+        module.to(device)
     train_autoencoder(autoencoder, pictures, vae, work, resume)
     latents = encode(autoencoder, to_float(pictures))
     train_unet(network, encoders, tokenizers, scheduler, captions, latents, size, unet, work, resume)

@@ -42,17 +42,18 @@ def brightness(images, prompts):
     return images.mean((1, 2, 3)) * torch.tensor([len(p) - 40.0 for p in prompts])
 
 
-def objectives(sdxl):
+def objectives(sdxl, diffused):
     return [
-        Preference(brightness, sdxl.to_images, s0=16.0), DistributionMatching(sdxl, w=2.0), Adversarial(sdxl, diffused=False),
+        Preference(brightness, sdxl.to_images, 16.0, ENGLISH), DistributionMatching(sdxl, w=2.0), Adversarial(sdxl, diffused),
     ]  # fmt: skip
 
 
-def test_each_gradient_reaches_only_what_it_should(sdxl):
+@pytest.mark.parametrize("diffused", [False, True])
+def test_each_gradient_reaches_only_what_it_should(sdxl, diffused):
     trained_student(sdxl)
     output_of(sdxl).loss.backward()
     assert reached(sdxl) == {"student"}
-    for objective in objectives(sdxl):
+    for objective in objectives(sdxl, diffused):
         if objective.learner:
             for value in objective.learner.weights.values():
                 torch.nn.init.normal_(value, std=0.1)
@@ -79,13 +80,19 @@ def test_preference_is_a_hinge(sdxl):
     output = output_of(sdxl)
     for right, wrong, s0, expected in ((5.0, -1.0, 3.0, 0.0), (1.0, -1.0, 3.0, 2.0), (5.0, 2.0, 3.0, 2.0), (1.0, 2.0, 3.0, 4.0)):
         reward = lambda images, prompts: torch.tensor([right if prompts == ENGLISH else wrong] * len(prompts))  # noqa: B023, E731
-        assert Preference(reward, sdxl.to_images, s0).loss(output, ENGLISH).item() == pytest.approx(expected)
+        assert Preference(reward, sdxl.to_images, s0, ["something else"]).loss(output, ENGLISH).item() == pytest.approx(expected)
+
+
+def test_a_prompt_is_never_its_own_opposite(sdxl):
+    trained_student(sdxl)
+    reward = lambda images, prompts: torch.full((len(prompts),), 2.0)  # noqa: E731
+    assert Preference(reward, sdxl.to_images, 3.0, ENGLISH[:1]).loss(output_of(sdxl, n=1), ENGLISH[:1]).item() == pytest.approx(1.0)
 
 
 def test_a_reward_can_be_climbed(sdxl):
     trained_student(sdxl)
     learner = mcm.training.Learner(sdxl.weights("student"), 1.0)
-    objective = Preference(lambda images, prompts: images.mean((1, 2, 3)), sdxl.to_images, s0=100.0)
+    objective = Preference(lambda images, prompts: images.mean((1, 2, 3)) * (prompts != ["x"] * 4), sdxl.to_images, 100.0, ["x"])
     losses = []
     for step in range(15):
         torch.manual_seed(0)
@@ -118,9 +125,11 @@ def test_distribution_matching_points_from_the_fake_score_to_the_real_one(sdxl):
 
 
 def test_the_fake_score_learns_the_students_samples(sdxl):
+    """x_hat, and not the data that z_t may have come from."""
     trained_student(sdxl)
     matching, losses = DistributionMatching(sdxl, w=2.0), []
     output = output_of(sdxl)
+    output = output._replace(x=torch.full_like(output.x, torch.nan))
     for step in range(30):
         torch.manual_seed(0)
         loss = matching.critic_loss(output)

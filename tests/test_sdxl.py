@@ -194,6 +194,34 @@ def test_a_saved_lora_gives_the_same_image_in_stock_diffusers(saved, tmp_path, a
     assert torch.equal(again, base)
 
 
+def test_eta_1_in_the_stock_pipeline_is_our_re_noised_sampling(saved):
+    """With the fresh noise of both replaced by one and the same."""
+    ours = SDXL(load_pipeline(str(saved), torch.float32, torch.device("cpu")), rank=4)
+    pipe = StableDiffusionXLPipeline.from_pretrained(saved)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = MCMScheduler.like(pipe.scheduler)
+    z, noise = torch.randn(2, 2, 4, 8, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mcm.scheduler.randn_tensor", lambda *a, **k: noise)
+        theirs = pipe(ENGLISH[:2], num_inference_steps=3, guidance_scale=0, eta=1.0, latents=z, output_type="latent").images
+        patch.setattr(torch, "randn", lambda *a, **k: noise)
+        mine = mcm.sample(ours.denoiser(), z, cond=ours.encode(ENGLISH[:2]), times=mcm.sampling.milestones(3), solver=mcm.renoise)
+    assert (theirs - mine).abs().max() < 1e-4 * mine.abs().max().clamp_min(1)
+
+
+def test_a_full_copy_after_a_critic_is_a_clean_unet(sdxl, tmp_path):
+    """Removing a LoRA leaves peft's wrappers on the shared UNet; a copy must not carry them into its file."""
+    sdxl.add("critic"), sdxl.remove("critic"), sdxl.add("fake")
+    sdxl.add("student", full=True)
+    sdxl.save(tmp_path, "student")
+    again, missing = UNet2DConditionModel.from_pretrained(tmp_path / "unet", output_loading_info=True)
+    assert not missing["missing_keys"] and not missing["unexpected_keys"]
+    sdxl.remove("fake")
+    for a, b in zip(again.parameters(), sdxl.unets["student"].parameters()):
+        assert torch.equal(a, b)
+    assert torch.equal(ask(sdxl, "student"), ask(sdxl))
+
+
 def test_a_saved_lora_comes_back(sdxl, saved, tmp_path):
     perturb(sdxl.add("student"))
     sdxl.save(tmp_path, "student")
@@ -275,6 +303,8 @@ def test_controlnet(saved, tmp_path):
     run = dict(prompt=ENGLISH[0], num_inference_steps=4, guidance_scale=0.0, output_type="latent", height=32, width=32)
     one, two = (pipe(**run, image=torch.full((1, 3, 32, 32), v), generator=torch.manual_seed(0)).images for v in (0.0, 1.0))
     assert one.isfinite().all() and not torch.allclose(one, two)
+    pipe.unload_lora_weights()
+    assert not torch.allclose(one, pipe(**run, image=torch.zeros(1, 3, 32, 32), generator=torch.manual_seed(0)).images)
 
 
 def test_a_pipeline_of_another_language_and_other_widths(tmp_path):

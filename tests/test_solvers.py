@@ -202,6 +202,13 @@ def test_second_order_falls_back_where_it_is_undefined():
     assert second.isfinite().all()
 
 
+def test_second_order_on_times_that_a_discrete_schedule_rounds_to_one_level():
+    """SCott's sub-steps near t = 0 are shorter than an index."""
+    t, s, before = (torch.tensor(v, dtype=torch.float64) for v in ([0.0007, 0.0013, 0.0020], [0.0003, 0.0007, 0.0013], [0.0010, 0.0020, 0.0027]))
+    x, z = torch.randn(2, 3, 5, dtype=torch.float64)
+    assert mcm.er_sde(x, z, t, s, SDXL, 1.1 * x, before, "er5").isfinite().all()
+
+
 def test_renoising_has_the_variance_of_the_schedule():
     x, t, s = torch.full((2, 50_000), 0.7, dtype=torch.float64), torch.ones(2).double(), torch.tensor([0.5, 0.0]).double()
     z = mcm.renoise(x, x, t, s, COSINE)
