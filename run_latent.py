@@ -28,7 +28,7 @@ from tqdm import tqdm
 import mcm
 from mcm import cli, metrics, plots, shapes
 from mcm.cli import describe, digest, pick_device, recorded, write
-from mcm.data import captioned_folder, to_float
+from mcm.data import captioned_folder
 from mcm.distil import Captioned, distil
 from mcm.recipes import RECIPES, Recipe
 from mcm.sampling import milestones, rows
@@ -40,7 +40,7 @@ from mcm.training import Training
 
 # What a run is made of; every value can be overridden by the option of the same name.
 TINY = dict(
-    pictures=16_000, vae_iterations=2400, teacher_iterations=2000, iterations=None, evaluations=130, batch=64, lr=1e-3, rank=32, guidance=2.0, ema=0.95, samples=500, scorer_iterations=300, image_size=32,
+    pictures=16_000, vae_iterations=2200, teacher_iterations=2000, iterations=None, evaluations=60, batch=64, lr=1e-3, rank=32, guidance=2.0, ema=0.95, samples=500, scorer_iterations=200, image_size=32,
     share_run=True,
 )  # fmt: skip
 PRESETS = {
@@ -140,8 +140,8 @@ def check(args: argparse.Namespace) -> None:
         raise mcm.InputError(f"--batch {args.batch} cannot be cut into {args.accumulate} equal parts")
     if args.share_run and args.batch // args.accumulate % 8 and any(phase.stage.z_from == "teacher" for r in args.recipe for phase in RECIPES[r](4).phases):
         raise mcm.InputError(f"--share-run needs parts of a multiple of 8 samples, not {args.batch // args.accumulate}: change --batch, or use --no-share-run")
-    if args.samples < 2 * 64:
-        raise mcm.InputError(f"--samples {args.samples} is too few for a covariance of 64 features: use at least 128")
+    if args.samples < 128:
+        raise mcm.InputError(f"--samples {args.samples} is too few to measure a distribution: use at least 128")
     if not 0 <= args.ema < 1 or not 0 <= args.seed < 2**31:
         raise mcm.InputError("--ema must be at least 0 and below 1, --seed between 0 and 2147483647")
     if args.guidance_range and not args.full:
@@ -227,11 +227,11 @@ class Judge:
         self.store, self.same, self.reference = args.out / "rows.json", same, None
         saved = json.loads(self.store.read_text()) if args.resume and self.store.is_file() else {}
         self.rows = saved["rows"] if saved.get("of") == same else {}
-        self.real = None if world.real is None else torch.cat([self.features(to_float(shrunk(part))) for part in world.real.split(500)])
-
-    def features(self, pictures: Tensor) -> Tensor:
-        with torch.no_grad():
-            return torch.cat([self.evaluator.features(part.to(self.sdxl.device)).cpu() for part in pictures.split(500)])
+        self.real = None
+        if world.real is not None:
+            latents = sdxl.to_latents(world.real)
+            self.components = metrics.principal_components(latents)
+            self.real = self.components(latents)
 
     def teacher_pictures(self) -> Tensor:
         if self.reference is None:
@@ -261,24 +261,25 @@ class Judge:
             with torch.no_grad():
                 score = [self.reward(pictures[i : i + 100].to(self.sdxl.device), world.asked[i : i + 100]).cpu() for i in range(0, len(pictures), 100)]
             row["reward"] = torch.cat(score).mean().item()
-        features = None if self.evaluator is None else self.features(pictures)
         if self.real is not None:
+            features = self.components(self.sdxl.to_latents(pictures))
             precision, recall = metrics.precision_recall(self.real[: len(features)], features)
             row |= {"frechet": metrics.frechet(self.real, features), "precision": precision, "recall": recall, "coverage": metrics.coverage(self.real[: len(features)], features)}
         if world.scenes:
             row["alignment"] = shapes.alignment(pictures, world.scenes).double().mean().item()
-        elif features is not None:
-            row["alignment"] = retrieval(self.evaluator, features, world.asked)
+        elif self.evaluator:
+            row["alignment"] = retrieval(self.evaluator, pictures, world.asked)
         return {k: None if not math.isfinite(v) else v for k, v in row.items()}
 
 
-def retrieval(evaluator, features: Tensor, prompts: list[str], among: int = 32) -> float:
+def retrieval(evaluator, pictures: Tensor, prompts: list[str], among: int = 32) -> float:
     """The share of pictures whose own prompt scores highest among 32."""
     right = []
     with torch.no_grad():
         for start in range(0, len(prompts), among):
             part = prompts[start : start + among]
-            logits = evaluator.logits(features[start : start + among].to(evaluator.places.device), part).cpu()
+            features = evaluator.features(pictures[start : start + among].to(evaluator.places.device))
+            logits = evaluator.logits(features, part).cpu()
             right += [part[i] == part[j] for i, j in enumerate(logits.argmax(1).tolist())]
     return sum(right) / len(right)
 
@@ -296,8 +297,8 @@ def table(results: dict) -> str:
     metric, lines = results["metric"], [f"{results['data']}, seed {results['seed']}: {results['metric']['n_generated']:,} held-out prompts."]
     if metric["n_reference"]:
         lines += [
-            f"Fréchet distance, coverage, precision and recall in {metric['dim']} features of {metric['features']},",
-            f"against {metric['n_reference']:,} held-out pictures (not FID). Alignment: {metric['alignment']}.",
+            f"Fréchet distance, coverage, precision and recall in {metric['dim']} features: {metric['features']};",
+            f"against {metric['n_reference']:,} held-out pictures (not FID; two halves of those: {metric['floor']:.3f}). Alignment: {metric['alignment']}.",
         ]
     lines += [
         "Undistilled: the teacher's own weights in the students' sampler. NFE: network evaluations per picture.",
@@ -352,18 +353,18 @@ def adapted(recipe: Recipe, args, reward) -> Recipe:
 
 
 def get_scorers(args, world: World, folder: Path, device: torch.device):
-    """-> the reward that students may be trained against, the evaluator that measures them: other seeds, other pictures."""
+    """-> the reward that students may be trained against, the evaluator that measures them where no exact reader can: other seeds, other pictures."""
     if world.pictures is None:
         if not args.clip:
             print("without pictures or --clip there is no reward: preference stages go without it")
         return (CLIPReward(args.clip, device) if args.clip else None), None
     half, scorers = len(world.prompts) // 2, []
     small = torch.cat([shrunk(part) for part in world.pictures.split(256)])
-    for n, (name, part) in enumerate((("reward", slice(0, half)), ("evaluator", slice(half, None)))):
+    for n, (name, part) in enumerate((("reward", slice(0, half)), ("evaluator", slice(half, None)))[: 1 if world.scenes else 2]):
         settings = training(args, args.scorer_iterations, 96, 2e-3, seed=n + 1)
         path = folder.parent / f"{folder.name}-{name}-{args.scorer_iterations}.safetensors"
         scorers.append(train_scorer(small[part].to(device), world.prompts[part], settings, path))
-    return (CLIPReward(args.clip, device) if args.clip else scorers[0]), scorers[1]
+    return (CLIPReward(args.clip, device) if args.clip else scorers[0]), None if world.scenes else scorers[1]
 
 
 def shrunk(pictures: Tensor, size: int = 32) -> Tensor:
@@ -392,7 +393,8 @@ def main(argv: list[str]) -> None:
     taught = time.perf_counter() - started
 
     sdxl = SDXL(pipe, args.rank, checkpointing=args.checkpointing)
-    data = Captioned(world.prompts, sdxl.encode(world.prompts), None if world.pictures is None else sdxl.to_latents(world.pictures))
+    imageless = world.pictures is None or not any(RECIPES[r](4).needs_images for r in args.recipe)
+    data = Captioned(world.prompts, sdxl.encode(world.prompts), None if imageless else sdxl.to_latents(world.pictures))
     judge_cond = sdxl.encode(world.asked)
     for part in (pipe.text_encoder, pipe.text_encoder_2):
         part.to("cpu")  # all texts are encoded now
@@ -522,8 +524,9 @@ def report(args, judge: Judge, world: World, seconds: dict[str, float], used: di
         "data": world.name, "pipeline": Path(source).name, "seed": args.seed, "device": str(device), "hardware": describe(device), "command": recorded("run_latent.py", args.argv),
         "versions": {"mcm": mcm.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
         "metric": {
-            "name": "frechet", "features": "a contrastive scorer trained on the other half of the pictures", "dim": 64, "n_generated": len(world.asked),
+            "name": "frechet", "features": "the held-out pictures' latents: their leading principal components, scaled to variance 1", "dim": 16, "n_generated": len(world.asked),
             "n_reference": 0 if world.real is None else len(world.real), "reference": "held-out", "alignment": alignment,
+            "floor": None if judge.real is None else metrics.frechet(judge.real[::2], judge.real[1::2]),
         },
         "rows": rows_, "seconds": {"teacher": round(taught, 1), "students": seconds, "total": round(time.perf_counter() - started, 1)},
         "settings": args.values | {"guidance_range": args.guidance_range, "full": args.full, "precision": args.precision},

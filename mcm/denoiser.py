@@ -64,6 +64,13 @@ class Denoiser(nn.Module):
         return at_zero(output, wide, t)
 
 
+def joined(a: Any, b: Any) -> Any:
+    """The conditions of two batches, as those of one."""
+    if isinstance(a, tuple):
+        return type(a)(*(None if x is None else joined(x, y) for x, y in zip(a, b)))
+    return torch.cat([a, b])
+
+
 class Guided(nn.Module):
     """What `guided` returns; `.conditional` is the denoiser without guidance (x_var is estimated from that one)."""
 
@@ -75,7 +82,10 @@ class Guided(nn.Module):
     def forward(self, z: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         null = self.null_cond(cond) if callable(self.null_cond) else self.null_cond
         null = null.expand_as(cond) if isinstance(null, Tensor) else null
-        x_null, x_cond = self.conditional(z, t, null), self.conditional(z, t, cond)
+        if cond is None or null is None:
+            x_null, x_cond = self.conditional(z, t, null), self.conditional(z, t, cond)
+        else:  # in one batch
+            x_null, x_cond = self.conditional(torch.cat([z, z]), torch.cat([t, t]), joined(null, cond)).chunk(2)
         w = self.w(cond) if callable(self.w) else self.w
         w = expand(w, z) if isinstance(w, Tensor) else w
         return x_null + w * (x_cond - x_null)

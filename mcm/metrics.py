@@ -3,6 +3,7 @@
 These are not FID: that name belongs to Inception-v3 features and 50,000 samples. Every number comes with its feature space.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,6 +50,20 @@ def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
     """The share of real samples (n, d) with a fake one (m, d) nearer than their k-th real neighbour (arXiv 2002.09797)."""
     radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values
     return (torch.cdist(real, fake).min(1).values <= radius).double().mean().item()
+
+
+def principal_components(latents: Tensor, k: int = 16) -> Callable[[Tensor], Tensor]:
+    """-> a function from latents (m, C, h, w) to features (m, k): their k leading principal components over `latents` (n, C, h, w), each of
+    variance 1 there. Latents of more than 8x8 are averaged to that first. What a picture shows moves them, so does what is blurred or
+    mixed in it; nothing is trained."""
+
+    def flat(x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(x.double(), min(8, x.shape[-1])).flatten(1)
+
+    mean = flat(latents).mean(0)
+    _, spread, directions = torch.linalg.svd(flat(latents) - mean, full_matrices=False)
+    scaled = directions[:k].T / spread[:k] * len(latents) ** 0.5
+    return lambda x: (flat(x) - mean) @ scaled
 
 
 def nearest(queries: Tensor, images: Tensor, chunk: int = 8192) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from .data import to_float
 from .denoiser import read_safetensors, write_safetensors
 from .errors import InputError
-from .solvers import mean_over_dims
 from .training import Learner, Step, Training, batch_indices, loop
 
 
@@ -30,8 +29,7 @@ class Scorer(nn.Module):
     """Two towers, trained so that a picture's own caption scores highest among those of its batch (as CLIP, arXiv 2103.00020).
 
     Pictures are brought to 32x32. Words, and single Chinese and Japanese
-    characters, are hashed into 4,096 rows, so that any text can be given. The picture's 64
-    features also have to reconstruct it roughly, so that they see what captions leave out; they serve the Frechet distance too.
+    characters, are hashed into 4,096 rows, so that any text can be given.
     """
 
     DIM, WORDS, LENGTH = 64, 4096, 32
@@ -46,7 +44,6 @@ class Scorer(nn.Module):
         self.words, self.places = nn.Embedding(self.WORDS, 64), nn.Parameter(torch.randn(self.LENGTH, 64) * 0.5)
         self.text = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True, norm_first=True), 2, enable_nested_tensor=False)
         self.from_text, self.from_image = nn.Linear(64, self.DIM), nn.Linear(self.DIM, self.DIM)
-        self.reconstruct = nn.Sequential(nn.SiLU(), nn.Linear(self.DIM, 3 * 16 * 16))
         self.temperature = nn.Parameter(torch.tensor(2.3))
 
     def features(self, images: Tensor) -> Tensor:
@@ -94,15 +91,11 @@ def train_scorer(pictures: Tensor, captions: Sequence[str], settings: Training, 
     def step(index: int) -> Step:
         rows = batch_indices(len(pictures), settings.batch, index, settings.seed)
         x, texts = to_float(pictures[rows.to(device)]), [captions[i] for i in rows]
-        features = scorer.features(x)
-        logits, which = scorer.logits(features, texts), {c: i for i, c in enumerate(texts)}
+        logits, which = scorer.logits(scorer.features(x), texts), {c: i for i, c in enumerate(texts)}
         own = torch.tensor([which[c] for c in texts], device=device)
-        small = F.interpolate(x, size=(16, 16), mode="bilinear", antialias=True)
-        error = (scorer.reconstruct(features) - small.flatten(1)).reshape(small.shape)
-        rough = mean_over_dims(error**2) + 2 * mean_over_dims(error.diff(dim=2) ** 2) + 2 * mean_over_dims(error.diff(dim=3) ** 2)  # differences: textures count
-        per_sample = F.cross_entropy(logits, own, reduction="none") + F.cross_entropy(logits.T, torch.arange(len(x), device=device), reduction="none") + 5 * rough
+        per_sample = F.cross_entropy(logits, own, reduction="none") + F.cross_entropy(logits.T, torch.arange(len(x), device=device), reduction="none")
         per_sample.mean().backward()
-        return Step(per_sample.detach(), torch.ones(len(x)), learner.update(settings.lr_at(index), index), {"right": (logits.argmax(1) == own).float().mean(), "rough": rough.mean().detach()})
+        return Step(per_sample.detach(), torch.ones(len(x)), learner.update(settings.lr_at(index), index), {"right": (logits.argmax(1) == own).float().mean()})
 
     path.parent.mkdir(parents=True, exist_ok=True)
     loop({"scorer": learner}, step, settings, path.parent, path.stem, resume, lambda *_: None)

@@ -143,7 +143,8 @@ class SDXL:
         """
         if full:
             source = self.unets[like]
-            unet = UNet2DConditionModel.from_config(source.config).to(self.device)
+            # (diffusers would reset an argument to its default because it once had it)
+            unet = UNet2DConditionModel.from_config({k: v for k, v in source.config.items() if k != "_use_default_values"}).to(self.device)
             # without LoRAs that critics may have on it, or leave behind
             unet.load_state_dict({k.replace(".base_layer.", "."): v for k, v in source.state_dict().items() if "lora_" not in k})
             if guidance_input and not unet.config.time_cond_proj_dim:
@@ -226,7 +227,7 @@ class SDXL:
     def load(self, name: str, out: Path, full: bool = False) -> None:
         """Take back, under this name, weights that `save` wrote to `out`."""
         if full:
-            self.unets[name] = UNet2DConditionModel.from_pretrained(out / "unet").to(self.device)
+            self.unets[name] = UNet2DConditionModel.from_pretrained(out / "unet").to(self.device, memory_format=torch.channels_last)
             return
         tensors = read_lora(out)
         weights = self.add(name)
