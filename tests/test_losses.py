@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import mcm
+from mcm import sampling
 from mcm.losses import stratified_times
-from mcm.recipes import Stage, cm, diffusion
+from mcm.recipes import RECIPES, Stage, cm, diffusion
 from mcm.recipes import mcm as recipe
 
 COSINE = mcm.CosineSchedule()
@@ -397,3 +398,104 @@ def test_a_linear_distance_learns_medians():
     guesses = [g / 50 for g in range(-60, 61)]
     assert min(guesses, key=lambda g: loss(g, "squared")) == pytest.approx(x.mean().item(), abs=0.011)
     assert min(guesses, key=lambda g: loss(g, "huber")) == pytest.approx(x.median().item(), abs=0.011)
+
+
+# --- what the latent recipes add: sub-steps, noise, states that need no data ---------------------------------------------------------
+
+
+class Affine(torch.nn.Module):
+    """A denoiser whose answer depends on everything it is given."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.a, self.b, self.schedule = torch.nn.Parameter(torch.tensor(a, dtype=torch.float64)), b, mcm.CosineSchedule()
+
+    def forward(self, z, t, cond=None):
+        return torch.where((t == 0)[:, None], z, torch.tanh(self.a * z + self.b * t[:, None] + (0 if cond is None else cond[:, None])))
+
+
+@pytest.mark.parametrize("K, T, skip, h", [(8, 1000, 20, 1), (1, 8, 1, 3), (1, 1000, 24, 3), (2, 1000, 20, 3)])
+def test_the_target_lands_where_the_answer_at_z_s_lands(K, T, skip, h):
+    """By its definition: DDIM t -> q of x_target is DDIM s -> q of x_hat(z_s, s), z_s from h steps of the teacher down to s."""
+    stage = mcm.Stage(K, (T, T), skip=skip, x_var=None, weight="q", distance="squared", sub_steps=h)
+    student, teacher, n = Affine(0.5, 0.3), Affine(0.8, -0.2), 64
+    x, noise = torch.randn(2, n, 3, dtype=torch.float64)
+    output = mcm.consistency_loss(student, x, None, stage, teacher=teacher, noise=noise)
+    i = torch.round(output.t * T).long()
+    q = (i - 1) // (T // K) * (T // K)
+    s = torch.maximum(i - skip, q)
+    assert (s >= q).all() and (s < i).all()
+    t, s, q, z = i.double() / T, s.double() / T, q.double() / T, output.z_t
+    for k in range(h):
+        a, b = (t - (t - s) * m / h for m in (k, k + 1))
+        z = mcm.ddim(teacher(z, a), z, a, b, student.schedule)
+    z_q = mcm.ddim(student(z, s), z, s, q, student.schedule)
+    assert torch.allclose(mcm.ddim(output.x_target, output.z_t, t, q, student.schedule), z_q, atol=1e-9)
+    landed = mcm.ddim(output.x_hat, output.z_t, t, q, student.schedule)
+    assert torch.allclose(output.per_sample, ((landed - z_q) ** 2).mean(1), atol=1e-9)  # "q" compares there
+
+
+def test_a_noisy_second_order_teacher_step_is_what_er_sde_makes():
+    stage = mcm.Stage(1, (1000, 1000), skip=24, x_var=None, weight="x", distance="squared", sub_steps=3, noise="er5", order=2)
+    student, teacher = Affine(0.5, 0.3), Affine(0.8, -0.2)
+    x, noise = torch.randn(2, 16, 3, dtype=torch.float64)
+    t = torch.linspace(0.05, 1, 16, dtype=torch.float64)
+    torch.manual_seed(3)
+    output = mcm.consistency_loss(student, x, None, stage, teacher=teacher, noise=noise, t=t)
+    torch.manual_seed(3)
+    t = output.t
+    s, z, before = (t - 0.024).clamp_min(0), output.z_t, (None, None)
+    for k in range(3):
+        a, b = (t - (t - s) * m / 3 for m in (k, k + 1))
+        x_hat = teacher(z, a)
+        z = mcm.er_sde(x_hat, z, a, b, student.schedule, *before, "er5")
+        before = x_hat, a
+    assert torch.allclose(output.x_target, student(z, s), atol=1e-9)  # one segment: the target is the answer at z_s
+
+
+def test_scott_is_finite_at_every_point_of_its_grid():
+    """Near t = 0 its sub-steps are shorter than an index of the schedule."""
+    schedule = mcm.DiscreteSchedule(torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0))
+    student = Affine(0.5, 0.3)
+    student.schedule = schedule
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    x, noise = torch.randn(2, 1000, 3, dtype=torch.float64)
+    stage = RECIPES["scott"](4).phases[0].stage
+    output = mcm.consistency_loss(student, x, None, stage, teacher=student, noise=noise, t=t)
+    assert output.x_target.isfinite().all() and output.per_sample.isfinite().all()
+
+
+@pytest.mark.parametrize("share_run", [False, True])
+def test_without_data_the_states_are_the_teachers(share_run):
+    stage = mcm.Stage(8, (1000, 1000), skip=20, x_var=None, weight="q", distance="squared", z_from="teacher", share_run=share_run)
+    student, teacher, noise, cond = Affine(0.5, 0.3), Affine(0.8, -0.2), torch.randn(32, 3, dtype=torch.float64), torch.randn(32, dtype=torch.float64)
+    output = mcm.consistency_loss(student, None, cond, stage, teacher=teacher, noise=noise)
+    assert output.x is None
+    expected, _ = sampling.teacher_states(stage, None, noise, output.t, output.cond, student, teacher)
+    assert torch.equal(output.z_t, expected)
+    segments = torch.ceil(output.t * 8).long()
+    if share_run:  # each run of 8 samples falls through all 8 segments, under one condition
+        assert (segments.reshape(4, 8) == torch.arange(8, 0, -1)).all()
+        assert (output.cond.reshape(4, 8) == cond[::8, None]).all()
+    else:
+        assert torch.equal(output.cond, cond) and (torch.bincount(segments)[1:] == 4).all()
+    output.loss.backward()
+    assert student.a.grad != 0 and teacher.a.grad is None
+
+
+def test_states_from_the_students_own_sample():
+    stage = mcm.Stage(1, (8, 8), x_var=None, weight="x", distance="squared", sub_steps=3, z_from="student", run=4)
+    student, teacher, noise = Affine(0.5, 0.3), Affine(0.8, -0.2), torch.randn(32, 3, dtype=torch.float64)
+    torch.manual_seed(3)
+    output = mcm.consistency_loss(student, None, None, stage, teacher=teacher, noise=noise, t=torch.full((32,), 0.5, dtype=torch.float64))
+    torch.manual_seed(3)
+    assert torch.equal(output.x, mcm.sample(student, noise, 4, solver=mcm.renoise))
+    assert not output.x.requires_grad and set((output.t * 8).tolist()) == {4.0}
+
+
+def test_data_free_stages_say_what_they_need():
+    stage = mcm.Stage(8, (1000, 1000), x_var=None, z_from="teacher", share_run=True)
+    with pytest.raises(mcm.InputError, match="pass the noise"):
+        mcm.consistency_loss(Affine(0.5, 0.3), None, None, stage, teacher=Affine(0.8, -0.2))
+    with pytest.raises(mcm.InputError, match="multiple of 8"):
+        mcm.consistency_loss(Affine(0.5, 0.3), None, None, stage, teacher=Affine(0.8, -0.2), noise=torch.randn(12, 3))
