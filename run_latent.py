@@ -524,7 +524,7 @@ def report(args, judge: Judge, world: World, seconds: dict[str, float], used: di
         "data": world.name, "pipeline": Path(source).name, "seed": args.seed, "device": str(device), "hardware": describe(device), "command": recorded("run_latent.py", args.argv),
         "versions": {"mcm": mcm.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
         "metric": {
-            "name": "frechet", "features": "the held-out pictures' latents: their leading principal components, scaled to variance 1", "dim": 16, "n_generated": len(world.asked),
+            "name": "frechet", "features": "leading principal components of the held-out pictures' latents, each of variance 1", "dim": 16, "n_generated": len(world.asked),
             "n_reference": 0 if world.real is None else len(world.real), "reference": "held-out", "alignment": alignment,
             "floor": None if judge.real is None else metrics.frechet(judge.real[::2], judge.real[1::2]),
         },

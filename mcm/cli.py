@@ -64,7 +64,7 @@ def open_out(out: Path, mine: dict, resume: bool) -> None:
 def recorded(script: str, argv: list[str]) -> str:
     """The command, of every path only the last component."""
     parts = [part.split("=", 1) for part in argv]
-    return f"python {script} " + shlex.join("=".join(Path(p).name if os.sep in p else p for p in part) for part in parts)
+    return shlex.join(["python", script, *("=".join(Path(p).name if os.sep in p else p for p in part) for part in parts)])
 
 
 def run(script: str, main: Callable[[list[str]], None], argv: list[str]) -> int:

@@ -58,7 +58,8 @@ def quality_vs_steps(results: dict, path: Path) -> None:
     axes.set_xlabel("network evaluations per image")
     axes.set_ylabel("Fréchet distance (lower is better)")
     metric = results["metric"]
-    axes.set_title(f"{metric['n_generated']:,} samples against {metric['n_reference']:,} {metric['reference']} images, features of {metric['features']}", fontsize=9)
+    title = f"{metric['n_generated']:,} samples against {metric['n_reference']:,} {metric['reference']} images, features: {metric['features']}"
+    axes.set_title(textwrap.fill(title, 85), fontsize=9)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     figure.tight_layout()
