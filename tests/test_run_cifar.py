@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import mcm
+from mcm import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = "--data digits --channels 16 --teacher-iterations 6 --student-iterations 4 --samples 128 --classifier-iterations 20 --batch 32 --save-every 3"
@@ -104,7 +105,7 @@ def test_results_json_has_the_promised_shape(quick):
     ],
 )
 def test_the_recorded_command_names_no_folders(command, kept):
-    assert run_cifar.recorded(command) == "python run_cifar.py " + kept
+    assert cli.recorded("run_cifar.py", command) == "python run_cifar.py " + kept
 
 
 def copied(quick, tmp_path):
