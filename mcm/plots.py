@@ -31,7 +31,7 @@ def sample_rows(rows: dict[str, Tensor], path: Path, scale: int = 4, columns: Se
     width, height = n * size * pixels + 190, len(rows) * size * pixels + 8 + foot
     figure = plt.figure(figsize=(width / 100, height / 100), dpi=100)
     axes = figure.add_axes((190 / width, foot / height, 1 - 195 / width, 1 - (8 + foot) / height))
-    axes.imshow(grid.permute(1, 2, 0), interpolation="nearest", aspect="auto")
+    axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
     axes.set_yticks([size * (i + 0.5) for i in range(len(rows))], list(rows))
     axes.set_xticks([size * (i + 0.5) for i in range(len(titles))], titles, fontsize=7)
     axes.tick_params(length=0)
