@@ -134,6 +134,7 @@ def test_the_target_and_the_average_are_two_things(teacher, tmp_path):
     student, target, average = (sdxl.weights(n) for n in ("student", "target", "average"))
     key = next(k for k in student if "lora_B" in k)
     assert not torch.equal(student[key], target[key]) and not torch.equal(average[key], target[key])
+    assert target[key].abs().max() > 0  # where it started
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

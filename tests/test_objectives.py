@@ -152,6 +152,9 @@ def test_the_discriminator_learns_to_tell_real_from_fake(sdxl, diffused):
         adversary.learner.update(1e-2, step)
         losses.append(loss.item())
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    with torch.no_grad():
+        real, fake = (adversary.logits(x, output.t, torch.zeros_like(x), output).mean() for x in (output.x, output.x_hat))
+    assert real > fake  # high is real, and that is what the student climbs
     # and the student is then told to look more real: along its gradient the logits of x_hat rise
     x = output.x_hat.detach().requires_grad_()
     torch.manual_seed(0)
