@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""The papers' main ablations, from one teacher at equal network evaluations: run_latent.py with a few more recipes.
+
+    python benchmarks/ablations.py progressive                      one of the groups below
+    python benchmarks/ablations.py scott --out runs/scott --seed 1  whatever run_latent.py takes may follow
+
+Results, pictures and students are those of run_latent.py, in --out (default: runs/ablation-GROUP). Without a group, all are listed, each
+with what its paper found.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import run_latent
+from mcm.recipes import RECIPES, Phase, Recipe, mlcm_latent, scott_latent, tlcm_latent
+
+
+def variant(recipe: Recipe, phases: tuple[Phase, ...], **changes) -> Recipe:
+    """These phases with their stages changed, sampled as the recipe is."""
+    changed = tuple(dataclasses.replace(p, stage=dataclasses.replace(p.stage, **changes)) for p in phases)
+    return Recipe(changed, recipe.renoise, f"{recipe.summary.split(':')[0]}, an ablation")
+
+
+def segments(*numbers: int, **changes) -> Recipe:
+    """MLCM without its last phase, the preference, on these numbers of segments, one after the other."""
+    recipe = mlcm_latent(4)
+    return variant(recipe, tuple(p for p in recipe.phases[:-1] if p.stage.student_steps in numbers), **changes)
+
+
+def scott(noise, adversary: bool) -> Recipe:
+    recipe = scott_latent(4)
+    extra = recipe.phases[0].stage.extra if adversary else ()
+    return variant(recipe, recipe.phases, noise=noise, order=2 if noise == "er5" else 1, extra=extra)
+
+
+tlcm = tlcm_latent(4)
+GROUPS: dict[str, tuple[str, dict[str, Recipe]]] = {
+    "progressive": (
+        "TLCM (arXiv 2406.05768v6), table 2, FID in 4 steps: one segment 32.9, eight segments 27.0. MLCM (v1): ever fewer segments.",
+        {"8-4-2": segments(8, 4, 2), "only-8": segments(8), "only-4": segments(4), "only-2": segments(2)},
+    ),
+    "states": (
+        "TLCM (v6): states from the teacher's own denoising do without images, and train a better student.",
+        {"teacher-states": segments(8, 4, 2), "data-states": segments(8, 4, 2, z_from="data")},
+    ),
+    "tlcm": (
+        "TLCM (v6), table 2, CLIP score in 4 steps: first stage 32.31, then all at once 33.06, preference 33.16, matching and adversary 33.52.",
+        {f"tlcm-{n}": variant(tlcm, tlcm.phases[:n]) for n in (1, 2, 3, 4)},
+    ),
+    "scott": (
+        "SCott (arXiv 2403.01505), FID in 2 steps: eta 0 27.4, 0.2 25.2, 0.6 29.7, ER-SDE 5 24.9; no adversary 25.0, with it 21.9.",
+        {
+            name + "-adversary" * adversary: scott(noise, adversary)
+            for adversary in (False, True)
+            for name, noise in {"eta-0": 0.0, "eta-0.2": 0.2, "eta-0.6": 0.6, "er-sde-5": "er5"}.items()
+        },
+    ),
+}
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] not in GROUPS:
+        print(__doc__)
+        print("\n".join(f"{name}: {', '.join(variants)}\n    {claim}" for name, (claim, variants) in GROUPS.items()))
+        return 0 if argv in ([], ["--help"], ["-h"]) else 2
+    group, rest = argv[0], argv[1:]
+    claim, variants = GROUPS[group]
+    print(claim)
+    RECIPES.update({name: lambda K, recipe=recipe: recipe for name, recipe in variants.items()})
+    out = [] if "--out" in rest else ["--out", f"runs/ablation-{group}"]
+    return run_latent.run(["--recipe", *variants, *out, *rest])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
