@@ -42,7 +42,7 @@ GROUPS: dict[str, tuple[str, dict[str, Recipe]]] = {
         {"8-4-2": segments(8, 4, 2), "only-8": segments(8), "only-4": segments(4), "only-2": segments(2)},
     ),
     "states": (
-        "TLCM (v6): states from the teacher's own denoising do without images, and train a better student.",
+        "TLCM (v6): states from the teacher's own denoising do without images (table 2 has them against single-step ones, not images).",
         {"teacher-states": segments(8, 4, 2), "data-states": segments(8, 4, 2, z_from="data")},
     ),
     "tlcm": (
