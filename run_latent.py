@@ -29,6 +29,7 @@ import mcm
 from mcm import cli, metrics, plots, shapes
 from mcm.cli import describe, digest, pick_device, recorded, write
 from mcm.data import captioned_folder
+from mcm.denoiser import read_safetensors, write_safetensors
 from mcm.distil import Captioned, distil
 from mcm.recipes import RECIPES, Recipe
 from mcm.sampling import milestones, rows
@@ -40,12 +41,12 @@ from mcm.training import Training
 
 # What a run is made of; every value can be overridden by the option of the same name.
 TINY = dict(
-    pictures=16_000, vae_iterations=2200, teacher_iterations=2000, iterations=None, evaluations=60, batch=64, lr=1e-3, rank=32, guidance=2.0, ema=0.95, samples=500, scorer_iterations=200, image_size=32,
+    pictures=16_000, vae_iterations=3000, teacher_iterations=2000, iterations=None, evaluations=60, batch=64, lr=1e-3, rank=32, guidance=2.0, ema=0.95, samples=500, scorer_iterations=200, image_size=32,
     share_run=True,
 )  # fmt: skip
 PRESETS = {
     "default": ("about 15 minutes on 2 CPU cores", TINY),
-    "long": ("a few hours on 2 CPU cores", TINY | dict(vae_iterations=4000, teacher_iterations=12_000, evaluations=900, ema=0.99)),
+    "long": ("a few hours on 2 CPU cores", TINY | dict(vae_iterations=6000, teacher_iterations=12_000, evaluations=900, ema=0.99)),
     "tiny": (
         "about a minute on 2 CPU cores, for trying things out; the pictures are not good",
         TINY | dict(pictures=500, vae_iterations=60, teacher_iterations=60, evaluations=2, batch=16, samples=130, scorer_iterations=30),
@@ -166,13 +167,11 @@ class World:
 
 def load_world(args: argparse.Namespace) -> World:
     if args.data:
-        prompts, pictures = captioned_folder(args.data, args.image_size)
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
-        held, kept = order[: len(order) // 10], order[len(order) // 10 :]
-        if len(held) < 128:
+        prompts, pictures = captioned_folder(args.data, args.image_size, args.out.parent if args.pretrained else None)
+        n = len(prompts) // 10
+        if n < 128:
             raise mcm.InputError(f"{args.data} has {len(prompts)} captioned pictures; at least 1,280 are needed, to hold a tenth out for measuring")
-        asked = [prompts[i] for i in held][: args.samples]
-        return World(args.data.name, [prompts[i] for i in kept], pictures[kept], asked, pictures[held])
+        return World(args.data.name, prompts[n:], pictures[n:], prompts[:n][: args.samples], pictures[:n])
     if args.prompts:
         prompts = read_prompts(args.prompts)
         if len(prompts) < 10:
@@ -203,7 +202,14 @@ def read_prompts(path: Path) -> list[str]:
 
 def generate(sdxl: SDXL, model, cond, z: Tensor, solver, times: Sequence[float] | int, seed: int, label: str) -> tuple[Tensor, float]:
     """-> pictures (n, 3, H, W) in [-1, 1] on the CPU, seconds per picture. The same z and seed give all rows the same noise."""
-    started, device, chunk = time.perf_counter(), sdxl.device, 64 if sdxl.size <= 16 else 1
+    started = time.perf_counter()
+    pictures = decode(sdxl, sample(sdxl, model, cond, z, solver, times, seed, label))
+    return pictures, (time.perf_counter() - started) / len(z)
+
+
+def sample(sdxl: SDXL, model, cond, z: Tensor, solver, times: Sequence[float] | int, seed: int, label: str) -> Tensor:
+    """-> latents like z, on the CPU."""
+    device, chunk = sdxl.device, 64 if sdxl.size <= 16 else 1
     options = {"steps": times} if isinstance(times, int) else {"times": times}
     generator, parts = torch.Generator(device).manual_seed(seed), []
     bar = tqdm(total=len(z), desc=label, unit="img", leave=False, disable=not label)
@@ -211,10 +217,15 @@ def generate(sdxl: SDXL, model, cond, z: Tensor, solver, times: Sequence[float] 
         for start in range(0, len(z), chunk):
             index = slice(start, start + chunk)
             here = type(cond)(*(None if c is None else c.to(device) for c in rows(cond, index)))
-            parts.append(sdxl.to_images(mcm.sample(model, z[index].to(device), cond=here, solver=solver, generator=generator, **options)).clamp(-1, 1).cpu())
+            parts.append(mcm.sample(model, z[index].to(device), cond=here, solver=solver, generator=generator, **options).cpu())
             bar.update(len(parts[-1]))
     bar.close()
-    return torch.cat(parts), (time.perf_counter() - started) / len(z)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def decode(sdxl: SDXL, latents: Tensor) -> Tensor:
+    return torch.cat([sdxl.to_images(part.to(sdxl.device)).clamp(-1, 1).cpu() for part in latents.split(64 if sdxl.size <= 16 else 1)])
 
 
 class Judge:
@@ -234,8 +245,17 @@ class Judge:
             self.real = self.components(latents)
 
     def teacher_pictures(self) -> Tensor:
+        """Its 25 steps; the latents are kept in teacher.safetensors for a resumed run, which on SDXL saves minutes."""
         if self.reference is None:
-            self.reference = generate(self.sdxl, self.teacher(), self.cond, self.z, mcm.ddim, 25, self.args.seed, "teacher, 25 steps")
+            file, started = self.args.out / "teacher.safetensors", time.perf_counter()
+            tensors, about = read_safetensors(file) if self.args.resume and file.is_file() else ({}, {})
+            kept = about.get("of") == self.same
+            latents = tensors["latents"] if kept else sample(self.sdxl, self.teacher(), self.cond, self.z, mcm.ddim, 25, self.args.seed, "teacher, 25 steps")
+            pictures = decode(self.sdxl, latents)
+            seconds = about["seconds"] if kept else (time.perf_counter() - started) / len(latents)
+            if not kept:
+                write_safetensors(file, {"latents": latents}, {"of": self.same, "seconds": seconds})
+            self.reference = pictures, seconds
         return self.reference[0]
 
     def teacher(self):
@@ -337,7 +357,7 @@ def tiny_pipeline(args, world: World, device: torch.device):
         print(f"the tiny pipeline is there already: {folder}")
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        vae = training(args, args.vae_iterations, 8, 1e-3)
+        vae = training(args, args.vae_iterations, 4, 1e-3, clip=0.1)
         train_tiny_sdxl(world.prompts, world.pictures, folder, vae, training(args, args.teacher_iterations, 48, 1e-3), device=device)
     return load_pipeline(str(folder), torch.float32, device), str(folder)
 
@@ -394,7 +414,8 @@ def main(argv: list[str]) -> None:
 
     sdxl = SDXL(pipe, args.rank, checkpointing=args.checkpointing)
     imageless = world.pictures is None or not any(RECIPES[r](4).needs_images for r in args.recipe)
-    data = Captioned(world.prompts, sdxl.encode(world.prompts), None if imageless else sdxl.to_latents(world.pictures))
+    scratch = args.out if args.pretrained else None  # what does not fit into memory is kept there
+    data = Captioned(world.prompts, sdxl.encode(world.prompts, folder=scratch), None if imageless else sdxl.to_latents(world.pictures, scratch))
     judge_cond = sdxl.encode(world.asked)
     for part in (pipe.text_encoder, pipe.text_encoder_2):
         part.to("cpu")  # all texts are encoded now

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """The papers' main ablations, from one teacher at equal network evaluations: run_latent.py with a few more recipes.
 
-    python benchmarks/ablations.py progressive                      one of the groups below
+    python benchmarks/ablations.py progressive states               the groups that are named, of those below, or all
     python benchmarks/ablations.py scott --out runs/scott --seed 1  whatever run_latent.py takes may follow
 
-Results, pictures and students are those of run_latent.py, in --out (default: runs/ablation-GROUP). Without a group, all are listed, each
+Results, pictures and students are those of run_latent.py, in --out (default: runs/ablations). Without a group, all are listed, each
 with what its paper found.
 """
 
 import dataclasses
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -43,7 +44,7 @@ GROUPS: dict[str, tuple[str, dict[str, Recipe]]] = {
     ),
     "states": (
         "TLCM (v6): states from the teacher's own denoising do without images (table 2 has them against single-step ones, not images).",
-        {"teacher-states": segments(8, 4, 2), "data-states": segments(8, 4, 2, z_from="data")},
+        {"8-4-2": segments(8, 4, 2), "data-states": segments(8, 4, 2, z_from="data")},
     ),
     "tlcm": (
         "TLCM (v6), table 2, CLIP score in 4 steps: first stage 32.31, then all at once 33.06, preference 33.16, matching and adversary 33.52.",
@@ -61,15 +62,18 @@ GROUPS: dict[str, tuple[str, dict[str, Recipe]]] = {
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] not in GROUPS:
+    names = list(takewhile([*GROUPS, "all"].__contains__, argv))
+    if not names:
         print(__doc__)
         print("\n".join(f"{name}: {', '.join(variants)}\n    {claim}" for name, (claim, variants) in GROUPS.items()))
         return 0 if argv in ([], ["--help"], ["-h"]) else 2
-    group, rest = argv[0], argv[1:]
-    claim, variants = GROUPS[group]
-    print(claim)
+    rest, variants = argv[len(names) :], {}
+    for name in GROUPS if "all" in names else names:
+        claim, recipes = GROUPS[name]
+        print(claim)
+        variants |= recipes
     RECIPES.update({name: lambda K, recipe=recipe: recipe for name, recipe in variants.items()})
-    out = [] if "--out" in rest else ["--out", f"runs/ablation-{group}"]
+    out = [] if "--out" in rest else ["--out", "runs/ablations"]
     return run_latent.run(["--recipe", *variants, *out, *rest])
 
 

@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import os
 import pickle
+import tempfile
 import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,20 +249,42 @@ def folder(data_dir: Path, image_size: int) -> ImageData:
     return hold_out("folder", torch.from_numpy(np.stack(images)), torch.tensor(labels), len(classes))
 
 
-def captioned_folder(data_dir: Path, image_size: int) -> tuple[list[str], Tensor]:
+def joined(parts: Iterable[Tensor], folder: Path | None = None) -> Tensor:
+    """torch.cat(parts), in memory. With a folder, they go one by one into a file there, which is mapped and then has no name, so that they
+    need not fit into memory and nothing is left behind. Raises InputError if the disk is full."""
+    if folder is None:
+        return torch.cat(list(parts))
+    count = 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            for part in parts:
+                file.write(memoryview(part.contiguous().view(torch.uint8).flatten().numpy()))
+                count += len(part)
+        tensor = torch.from_file(file.name, size=count * part[0].numel(), dtype=part.dtype).view(count, *part.shape[1:])
+    except OSError as error:
+        raise InputError(f"{folder} cannot hold the data that is prepared there ({error.strerror}): make room, or choose another --out") from None
+    finally:
+        with suppress(NameError, OSError):  # a system that cannot remove a mapped file keeps it
+            os.unlink(file.name)
+    return tensor
+
+
+def captioned_folder(data_dir: Path, image_size: int, folder: Path | None = None) -> tuple[list[str], Tensor]:
     """Captioned pictures: metadata.jsonl with a `file_name` and a `text` per line (the image-folder convention of the datasets library).
-    -> captions, pictures (n, 3, image_size, image_size) uint8, resized and centre-cropped. Raises InputError, naming the line, for
-    anything missing; unreadable images are named and skipped.
+    -> captions, pictures (n, 3, image_size, image_size) uint8, resized and centre-cropped, in an order shuffled once and for all. The
+    pictures are kept on disk, if a folder for them is given. Raises InputError, naming the line, for anything missing; unreadable images
+    are named and skipped.
     """
     listing = data_dir / "metadata.jsonl"
     if not listing.is_file():
         raise InputError(f"{listing} is missing: captioned pictures need it, with one line of JSON each, like {{\"file_name\": \"a.png\", \"text\": \"a cat\"}}")
-    captions, pictures, skipped = [], [], 0
+    captions, skipped, entries = [], [], []
     try:
         lines = listing.read_text("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{listing} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-    for number, line in enumerate(tqdm(lines, "reading", leave=False), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -268,20 +294,27 @@ def captioned_folder(data_dir: Path, image_size: int) -> tuple[list[str], Tensor
             raise InputError(f"{listing}, line {number}: no file_name and text in it ({error})") from None
         if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
             raise InputError(f"{listing}, line {number}: {name} has no caption")
-        try:
-            with Image.open(data_dir / name) as image:
-                image = center_crop(resize(flatten(image), image_size, antialias=True), [image_size, image_size])
-                pictures.append(np.array(image).transpose(2, 0, 1))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            tqdm.write(f"skipping {name}: {error}")
-            skipped += 1
-            continue
-        captions.append(text.strip())
+        entries.append((name, text.strip()))
+
+    def readable() -> Iterator[Tensor]:
+        for index in tqdm(np.random.default_rng(0).permutation(len(entries)), "reading", leave=False):
+            name, text = entries[index]
+            try:
+                with Image.open(data_dir / name) as image:
+                    image = center_crop(resize(flatten(image), image_size, antialias=True), [image_size, image_size])
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                tqdm.write(f"skipping {name}: {error}")
+                skipped.append(name)
+                continue
+            captions.append(text)
+            yield torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        if not captions:
+            raise InputError(f"none of the pictures that {listing} names could be read")
+
+    pictures = joined(readable(), folder)
     if skipped:
-        print(f"{skipped} pictures could not be read and were skipped")
-    if not pictures:
-        raise InputError(f"none of the pictures that {listing} names could be read")
-    return captions, torch.from_numpy(np.stack(pictures))
+        print(f"{len(skipped)} of {len(entries)} pictures could not be read and were skipped")
+    return captions, pictures
 
 
 def flatten(image: Image.Image) -> Image.Image:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .data import joined
 from .denoiser import Denoiser
 from .errors import InputError
 from .schedule import DiscreteSchedule
@@ -188,26 +189,32 @@ class SDXL:
         return Denoiser(Network(self.unets[name], name), self.schedule, self.prediction)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], size: int | None = None, chunk: int = 64) -> Condition:
-        """Prompts -> conditions, on the CPU, computed once each. size: image side in pixels, for the time ids."""
-        unique = list(dict.fromkeys(prompts))
-        states, pooled = [], []
-        for start in range(0, len(unique), chunk):
-            a, _, b, _ = self.pipe.encode_prompt(unique[start : start + chunk], device=self.device, do_classifier_free_guidance=False)
-            states.append(a.cpu()), pooled.append(b.cpu())
-        index = torch.tensor([dict(zip(unique, range(len(unique))))[p] for p in prompts]) if len(unique) < len(prompts) else torch.arange(len(prompts))
+    def encode(self, prompts: Sequence[str], size: int | None = None, chunk: int = 64, folder: Path | None = None) -> Condition:
+        """Prompts -> conditions, on the CPU, computed once. size: image side in pixels, for the time ids. folder: keep the states there
+        instead of in memory, where SDXL's are 0.3 MB a prompt."""
+        pooled = []
+
+        def states() -> Iterator[Tensor]:
+            for start in range(0, len(prompts), chunk):
+                part, _, of_part, _ = self.pipe.encode_prompt(list(prompts[start : start + chunk]), device=self.device, do_classifier_free_guidance=False)
+                pooled.append(of_part.cpu())
+                yield part.cpu()
+
         size = size or self.size * self.pipe.vae_scale_factor
         ids = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32).expand(len(prompts), 6)
-        return Condition(torch.cat(states)[index], torch.cat(pooled)[index], ids)
+        return Condition(joined(states(), folder), torch.cat(pooled), ids)
 
     @torch.no_grad()
-    def to_latents(self, images: Tensor) -> Tensor:
-        """images: (n, 3, H, W) float in [-1, 1] or uint8 -> latents (n, 4, h, w), on the CPU: the means, scaled."""
-        vae, parts = self.pipe.vae, []
-        for part in images.split(max(1, 2**16 // images[0, 0].numel())):
-            part = part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part
-            parts.append((vae.encode(part.to(self.device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor).cpu())
-        return torch.cat(parts)
+    def to_latents(self, images: Tensor, folder: Path | None = None) -> Tensor:
+        """images: (n, 3, H, W) float in [-1, 1] or uint8 -> latents (n, 4, h, w), on the CPU: the means, scaled. folder: as in `encode`."""
+        vae = self.pipe.vae
+
+        def latents() -> Iterator[Tensor]:
+            for part in images.split(max(1, 2**16 // images[0, 0].numel())):
+                part = part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part
+                yield (vae.encode(part.to(self.device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor).cpu()
+
+        return joined(latents(), folder)
 
     def to_images(self, latents: Tensor) -> Tensor:
         """latents (n, 4, h, w) -> images (n, 3, H, W) in [-1, 1], with gradient."""

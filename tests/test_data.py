@@ -1,3 +1,4 @@
+import json
 import pickle
 import zipfile
 
@@ -8,7 +9,7 @@ from PIL import Image
 
 import mcm
 from mcm import data as module
-from mcm.data import load_data, to_float
+from mcm.data import captioned_folder, joined, load_data, to_float
 
 
 def test_digits():
@@ -203,3 +204,31 @@ def test_fingerprint_tells_data_apart():
     assert a.fingerprint() == b.fingerprint()
     b.images[700, 0, 3, 3] ^= 1
     assert a.fingerprint() != b.fingerprint()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+def test_joined_on_disk_is_joined_in_memory_and_leaves_nothing(tmp_path, dtype):
+    parts = [torch.arange(24).reshape(4, 3, 2).to(dtype), torch.arange(6).reshape(1, 3, 2).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)]
+    kept = joined(iter(parts), tmp_path / "new")
+    assert kept.dtype == dtype and torch.equal(kept, joined(iter(parts))) and torch.equal(kept[torch.tensor([4, 0])], torch.cat(parts)[[4, 0]])
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(mcm.InputError, match="file cannot hold"):
+        joined(iter([torch.zeros(2)]), tmp_path / "file")
+
+
+def test_captioned_pictures_keep_their_captions(tmp_path, capsys):
+    with (tmp_path / "metadata.jsonl").open("w") as listing:
+        for i in range(20):
+            Image.new("RGB", (10, 8), (10 * i, 0, 0)).save(tmp_path / f"{i}.png")
+            listing.write(json.dumps({"file_name": f"{i}.png", "text": f" picture {i} "}) + "\n")
+    (tmp_path / "7.png").write_bytes(b"no picture")
+    for folder in (None, tmp_path):
+        captions, pictures = captioned_folder(tmp_path, 4, folder)
+        assert pictures.shape == (19, 3, 4, 4) and pictures.dtype == torch.uint8
+        assert [f"picture {value // 10}" for value in pictures[:, 0, 0, 0].tolist()] == captions
+        assert captions != sorted(captions, key=lambda c: int(c.split()[1])) and len(set(captions)) == 19
+    assert "1 of 20 pictures could not be read" in capsys.readouterr().out
