@@ -41,12 +41,12 @@ from mcm.training import Training
 
 # What a run is made of; every value can be overridden by the option of the same name.
 TINY = dict(
-    pictures=16_000, vae_iterations=3000, teacher_iterations=2000, iterations=None, evaluations=60, batch=64, lr=1e-3, rank=32, guidance=2.0, ema=0.95, samples=500, scorer_iterations=200, image_size=32,
+    pictures=16_000, vae_iterations=3000, teacher_iterations=3600, iterations=None, evaluations=60, batch=64, lr=1e-3, rank=32, guidance=2.0, ema=0.95, samples=500, scorer_iterations=200, image_size=32,
     share_run=True,
 )  # fmt: skip
 PRESETS = {
     "default": ("about 15 minutes on 2 CPU cores", TINY),
-    "long": ("a few hours on 2 CPU cores", TINY | dict(vae_iterations=6000, teacher_iterations=12_000, evaluations=900, ema=0.99)),
+    "long": ("a few hours on 2 CPU cores", TINY | dict(vae_iterations=6000, teacher_iterations=24_000, evaluations=900, ema=0.99)),
     "tiny": (
         "about a minute on 2 CPU cores, for trying things out; the pictures are not good",
         TINY | dict(pictures=500, vae_iterations=60, teacher_iterations=60, evaluations=2, batch=16, samples=130, scorer_iterations=30),
@@ -358,7 +358,7 @@ def tiny_pipeline(args, world: World, device: torch.device):
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
         vae = training(args, args.vae_iterations, 4, 1e-3, clip=0.1)
-        train_tiny_sdxl(world.prompts, world.pictures, folder, vae, training(args, args.teacher_iterations, 48, 1e-3), device=device)
+        train_tiny_sdxl(world.prompts, world.pictures, folder, vae, training(args, args.teacher_iterations, 24, 1e-3), device=device)
     return load_pipeline(str(folder), torch.float32, device), str(folder)
 
 
