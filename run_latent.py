@@ -41,7 +41,7 @@ from mcm.training import Training
 
 # What a run is made of; every value can be overridden by the option of the same name.
 TINY = dict(
-    pictures=16_000, vae_iterations=3000, teacher_iterations=3600, iterations=None, evaluations=60, batch=64, lr=1e-3, rank=32, guidance=2.0, ema=0.95, samples=500, scorer_iterations=200, image_size=32,
+    pictures=16_000, vae_iterations=3000, teacher_iterations=3200, iterations=None, evaluations=60, batch=64, lr=1e-3, rank=32, guidance=2.0, ema=0.95, samples=500, scorer_iterations=200, image_size=32,
     share_run=True,
 )  # fmt: skip
 PRESETS = {
