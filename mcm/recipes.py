@@ -119,7 +119,6 @@ class Recipe:
     def needs_images(self) -> bool:
         return any(phase.stage.z_from == "data" for phase in self.phases)
 
-
     def evaluations(self) -> float:
         """Network evaluations (forward passes of one sample) that training takes for each sample of a batch, over all phases: of student
         and target, of the guided teacher (two each), of what makes z_t, and of the further objectives with their critics."""

@@ -230,7 +230,6 @@ class SDXL:
         config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": MODULES}
         StableDiffusionXLPipeline.save_lora_weights(out, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
 
-
     def load(self, name: str, out: Path, full: bool = False) -> None:
         """Take back, under this name, weights that `save` wrote to `out`."""
         if full:
