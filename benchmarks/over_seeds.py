@@ -4,7 +4,7 @@
     python benchmarks/over_seeds.py runs/seed-0 runs/seed-1 runs/seed-2
 
 The folders hold the results.json of run_latent.py. The spread is the standard deviation over runs. Ratio: the Fréchet distance over that
-of the better undistilled row with as many network evaluations, of the same run.
+of the better undistilled row, of the same run, with the same sampler and as many network evaluations.
 """
 
 import json
@@ -19,7 +19,7 @@ def with_ratios(rows: list[dict]) -> dict[tuple, dict]:
     """Rows by (name, sampler, steps, NFE); students with their ratio."""
     plain = [row for row in rows if row["model"].startswith("undistilled")]
     for row in rows:
-        base = [r["frechet"] for r in plain if r["nfe"] == row["nfe"]]
+        base = [r["frechet"] for r in plain if (r["nfe"], r["sampler"]) == (row["nfe"], row["sampler"])]
         row["ratio"] = row["frechet"] / min(base) if base and row["model"] == "student" else None
     return {(row.get("recipe") or row["model"], row["sampler"], row["steps"], row["nfe"]): row for row in rows}
 

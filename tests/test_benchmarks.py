@@ -26,13 +26,14 @@ def test_an_ablation_changes_what_it_says_and_no_more():
 
 
 def test_means_and_spreads_over_seeds(tmp_path, capsys):
-    """Ratios are taken within a run, to the better undistilled row of equal cost, before they are averaged."""
+    """Ratios are taken within a run, to the better undistilled row of equal sampler and cost, before they are averaged."""
     plain = {"sampler": "renoise", "coverage": 0.5, "recall": 0.5, "alignment": None}
     for seed, scale in enumerate((1.0, 3.0)):
         rows = [
             plain | {"model": "undistilled", "steps": 4, "nfe": 4, "frechet": 4 * scale},
             plain | {"model": "undistilled, guided", "steps": 2, "nfe": 4, "frechet": 2 * scale},
             plain | {"model": "undistilled", "steps": 2, "nfe": 2, "frechet": 9.0},
+            plain | {"model": "undistilled", "sampler": "ddim", "steps": 4, "nfe": 4, "frechet": 0.5},
             plain | {"model": "student", "recipe": "mlcm", "steps": 4, "nfe": 4, "frechet": 1.0},
         ]
         (tmp_path / str(seed)).mkdir()
