@@ -249,7 +249,7 @@ def folder(data_dir: Path, image_size: int) -> ImageData:
     return hold_out("folder", torch.from_numpy(np.stack(images)), torch.tensor(labels), len(classes))
 
 
-def joined(parts: Iterable[Tensor], folder: Path | None = None) -> Tensor:
+def collected(parts: Iterable[Tensor], folder: Path | None = None) -> Tensor:
     """torch.cat(parts), in memory. With a folder, they go one by one into a file there, which is mapped and then has no name, so that they
     need not fit into memory and nothing is left behind. Raises InputError if the disk is full."""
     if folder is None:
@@ -311,7 +311,7 @@ def captioned_folder(data_dir: Path, image_size: int, folder: Path | None = None
         if not captions:
             raise InputError(f"none of the pictures that {listing} names could be read")
 
-    pictures = joined(readable(), folder)
+    pictures = collected(readable(), folder)
     if skipped:
         print(f"{len(skipped)} of {len(entries)} pictures could not be read and were skipped")
     return captions, pictures

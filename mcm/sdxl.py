@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .data import joined
+from .data import collected
 from .denoiser import Denoiser
 from .errors import InputError
 from .schedule import DiscreteSchedule
@@ -202,7 +202,7 @@ class SDXL:
 
         size = size or self.size * self.pipe.vae_scale_factor
         ids = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32).expand(len(prompts), 6)
-        return Condition(joined(states(), folder), torch.cat(pooled), ids)
+        return Condition(collected(states(), folder), torch.cat(pooled), ids)
 
     @torch.no_grad()
     def to_latents(self, images: Tensor, folder: Path | None = None) -> Tensor:
@@ -214,7 +214,7 @@ class SDXL:
                 part = part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part
                 yield (vae.encode(part.to(self.device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor).cpu()
 
-        return joined(latents(), folder)
+        return collected(latents(), folder)
 
     def to_images(self, latents: Tensor) -> Tensor:
         """latents (n, 4, h, w) -> images (n, 3, H, W) in [-1, 1], with gradient."""

@@ -9,7 +9,7 @@ from PIL import Image
 
 import mcm
 from mcm import data as module
-from mcm.data import captioned_folder, joined, load_data, to_float
+from mcm.data import captioned_folder, collected, load_data, to_float
 
 
 def test_digits():
@@ -207,17 +207,17 @@ def test_fingerprint_tells_data_apart():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
-def test_joined_on_disk_is_joined_in_memory_and_leaves_nothing(tmp_path, dtype):
+def test_collected_on_disk_is_as_in_memory_and_leaves_nothing(tmp_path, dtype):
     parts = [torch.arange(24).reshape(4, 3, 2).to(dtype), torch.arange(6).reshape(1, 3, 2).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)]
-    kept = joined(iter(parts), tmp_path / "new")
-    assert kept.dtype == dtype and torch.equal(kept, joined(iter(parts))) and torch.equal(kept[torch.tensor([4, 0])], torch.cat(parts)[[4, 0]])
+    kept = collected(iter(parts), tmp_path / "new")
+    assert kept.dtype == dtype and torch.equal(kept, collected(iter(parts))) and torch.equal(kept[torch.tensor([4, 0])], torch.cat(parts)[[4, 0]])
     assert not list((tmp_path / "new").iterdir())
 
 
 def test_a_full_disk_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(mcm.InputError, match="file cannot hold"):
-        joined(iter([torch.zeros(2)]), tmp_path / "file")
+        collected(iter([torch.zeros(2)]), tmp_path / "file")
 
 
 def test_captioned_pictures_keep_their_captions(tmp_path, capsys):
