@@ -209,7 +209,7 @@ def generate(sdxl: SDXL, model, cond, z: Tensor, solver, times: Sequence[float] 
 
 def sample(sdxl: SDXL, model, cond, z: Tensor, solver, times: Sequence[float] | int, seed: int, label: str) -> Tensor:
     """-> latents like z, on the CPU."""
-    device, chunk = sdxl.device, 64 if sdxl.size <= 16 else 1
+    device, chunk = sdxl.device, at_once(sdxl)
     options = {"steps": times} if isinstance(times, int) else {"times": times}
     generator, parts = torch.Generator(device).manual_seed(seed), []
     bar = tqdm(total=len(z), desc=label, unit="img", leave=False, disable=not label)
@@ -223,9 +223,14 @@ def sample(sdxl: SDXL, model, cond, z: Tensor, solver, times: Sequence[float] | 
     return torch.cat(parts)
 
 
+def at_once(sdxl: SDXL) -> int:
+    """How many pictures go through the networks together."""
+    return 64 if sdxl.size <= 16 else 1
+
+
 @torch.no_grad()
 def decode(sdxl: SDXL, latents: Tensor) -> Tensor:
-    return torch.cat([sdxl.to_images(part.to(sdxl.device)).clamp(-1, 1).cpu() for part in latents.split(64 if sdxl.size <= 16 else 1)])
+    return torch.cat([sdxl.to_images(part.to(sdxl.device)).clamp(-1, 1).cpu() for part in latents.split(at_once(sdxl))])
 
 
 class Judge:
