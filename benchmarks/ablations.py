@@ -40,11 +40,11 @@ tlcm = tlcm_latent(4)
 GROUPS: dict[str, tuple[str, dict[str, Recipe]]] = {
     "progressive": (
         "TLCM (arXiv 2406.05768v6), table 2, FID in 4 steps: one segment 32.9, eight segments 27.0. MLCM (v1): ever fewer segments.",
-        {"8-4-2": segments(8, 4, 2), "only-8": segments(8), "only-4": segments(4), "only-2": segments(2)},
+        {"8-4-2-1": segments(8, 4, 2, 1), "8-4-2": segments(8, 4, 2), "only-8": segments(8), "only-2": segments(2), "only-1": segments(1)},
     ),
     "states": (
         "TLCM (v6): states from the teacher's own denoising do without images (table 2 has them against single-step ones, not images).",
-        {"8-4-2": segments(8, 4, 2), "data-states": segments(8, 4, 2, z_from="data")},
+        {"8-4-2-1": segments(8, 4, 2, 1), "data-states": segments(8, 4, 2, 1, z_from="data")},
     ),
     "tlcm": (
         "TLCM (v6), table 2, CLIP score in 4 steps: first stage 32.31, then all at once 33.06, preference 33.16, matching and adversary 33.52.",

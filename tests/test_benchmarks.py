@@ -17,7 +17,7 @@ def test_an_ablation_changes_what_it_says_and_no_more():
     progressive, states = ablations.GROUPS["progressive"][1], ablations.GROUPS["states"][1]
     assert [p.stage.student_steps for p in progressive["8-4-2"].phases] == [8, 4, 2]
     assert [p.stage.student_steps for p in progressive["only-2"].phases] == [2]
-    assert states["8-4-2"] == progressive["8-4-2"]
+    assert states["8-4-2-1"] == progressive["8-4-2-1"]
     assert {p.stage.z_from for p in states["data-states"].phases} == {"data"} and states["data-states"].needs_images
     assert [len(recipe.phases) for recipe in ablations.GROUPS["tlcm"][1].values()] == [1, 2, 3, 4]
     stages = {name: recipe.phases[0].stage for name, recipe in ablations.GROUPS["scott"][1].items()}
