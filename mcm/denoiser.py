@@ -129,7 +129,7 @@ class GaussianMixture(nn.Module):
         prior = self.stds.to(z.dtype) ** 2
         variance = alpha**2 * prior + sigma**2  # (B, M)
         distance = (flat[:, None] - alpha[..., None] * means).square().sum(-1)
-        log_weight = self.weights.log() - distance / (2 * variance) - flat.shape[1] / 2 * variance.log()
+        log_weight = self.weights.to(z.dtype).log() - distance / (2 * variance) - flat.shape[1] / 2 * variance.log()
         if cond is not None:
             other = (cond[:, None] != torch.arange(len(means), device=z.device)) & (cond[:, None] < len(means))
             log_weight = log_weight.masked_fill(other, -math.inf)

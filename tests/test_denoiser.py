@@ -96,6 +96,8 @@ def test_mixture_edges_and_conditions():
     z = torch.randn(3, 1)
     assert torch.equal(mixture(z, torch.zeros(3)), z)
     torch.testing.assert_close(mixture(z, torch.ones(3)), torch.full((3, 1), 0.5))  # the prior mean
+    of_double = mcm.GaussianMixture(mixture.means.double(), mixture.stds.double(), mixture.weights.double())  # answers in z's precision
+    torch.testing.assert_close(of_double(z, torch.full((3,), 0.5)), mixture(z, torch.full((3,), 0.5)))
     component = mixture(z, torch.ones(3), torch.tensor([0, 1, 2]))
     torch.testing.assert_close(component[:, 0], torch.tensor([-1.0, 1.0, 0.5]))
     with pytest.raises(mcm.InputError):
