@@ -44,7 +44,7 @@ def sample(
 
     denoiser: a diffusion model or a student. z: (B, ...) standard normal noise; the same z gives nearly the same image whatever the
     steps. steps: None means the student_steps K of the denoiser. A student jumps to the ends of its K segments, so any other
-    number asks it questions that it was not trained on: it works, and warns. cond: what the network takes, (B,) labels for
+    number asks it questions that it was not trained on: it works, and warns (not with mcm.renoise, which does so on purpose). cond: what the network takes, (B,) labels for
     instance, or None. solver: solver(x_hat, z_t, t, s, schedule), e.g. mcm.ddim, mcm.addim or mcm.renoise; generator goes to a solver
     that takes one. times: falling from 1, in place of equal steps (`MILESTONES` has those of TLCM). chunk: how many images go through the network
     at a time (default: all); the result is the same. progress: label of a progress bar. Raises InputError if steps is not
@@ -56,7 +56,7 @@ def sample(
         raise InputError("this is a diffusion model, with no number of steps of its own: pass steps=")
     if steps < 1:
         raise InputError(f"steps must be at least 1, not {steps}")
-    if trained and steps != trained:
+    if trained and steps != trained and solver is not renoise:  # noised afresh, a one-segment model is asked what it knows at any t
         warnings.warn(
             f"sampling a {trained}-step student in {steps} steps: it only learned to jump between the ends of its {trained} segments. "
             f"Use steps={trained}, or train a student for {steps}.",
