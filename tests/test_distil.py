@@ -61,14 +61,14 @@ def test_a_student_ends_closer_to_the_teachers_many_step_pictures_than_the_undis
         apart = {name: (mcm.sample(model, z, 1, cond) - many).square().mean().sqrt().item() for name, model in (
             ("student", sdxl.denoiser("average")), ("undistilled", sdxl.denoiser()), ("undistilled, guided", mcm.guided(sdxl.denoiser(), W, unconditional)),
         )}  # fmt: skip
-    assert apart["student"] < 0.995 * min(apart["undistilled"], apart["undistilled, guided"]), apart
+    assert apart["student"] < 0.99 * min(apart["undistilled"], apart["undistilled, guided"]), apart
 
 
 class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("recipe, phase, step", [("mlcm", 0, 4), ("tlcm", 1, 2), ("tlcm", 2, 1), ("tlcm", 3, 2), ("scott", 0, 2)])
+@pytest.mark.parametrize("recipe, phase, step", [("mlcm", 3, 4), ("tlcm", 1, 2), ("tlcm", 2, 1), ("tlcm", 3, 2), ("scott", 0, 2)])
 def test_resuming_in_the_middle_of_any_phase_changes_nothing(teacher, recipe, phase, step, tmp_path):
     """Bit for bit: student, target, critics and their optimisers; also at the end of a phase (TLCM's phases have 31, 5, 1 and 3 steps)."""
     iterations = {"mlcm": 15, "tlcm": 40, "scott": 4}[recipe]
