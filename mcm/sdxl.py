@@ -321,4 +321,4 @@ def load_pipeline(source: str, dtype: torch.dtype, device: torch.device) -> Stab
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)
-    return pipe.to(device)
+    return pipe.to(device, dtype)  # the dtype too: a file in half precision would else load as it is

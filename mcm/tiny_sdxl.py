@@ -75,11 +75,11 @@ def make_unet(latent_size: int, width: int, latent_channels: int = 4, channels: 
 
 def train_tiny_sdxl(
     captions: Sequence[str], pictures: Tensor, out: Path, vae: Training, unet: Training, width: int = 64, resume: bool = True, latent_channels: int = 4,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu", channels: Sequence[int] = (64, 128),
 ) -> StableDiffusionXLPipeline:
     """Train a pipeline on pictures (n, 3, S, S) uint8, S a multiple of 8, and their captions; save it in `out` and return it.
 
-    vae, unet: how long to train the two parts. A pipeline that is there already is loaded instead; a run cut short goes on.
+    vae, unet: how long to train the two parts. channels: of the UNet's two resolutions. A pipeline that is there already is loaded instead; a run cut short goes on.
     """
     if (out / "model_index.json").is_file():
         return StableDiffusionXLPipeline.from_pretrained(out)
@@ -98,7 +98,7 @@ def train_tiny_sdxl(
     vocabulary = 324 if len(set(captions)) > 4 * len({w for c in captions for w in c.split()}) else 2000
     tokenizers = [make_tokenizer(captions, work / name, vocabulary) for name in ("tokenizer", "tokenizer_2")]
     encoders = [text_encoder(tokenizers[0], width, False), text_encoder(tokenizers[1], width, True)]
-    network = make_unet(size // 4, width, latent_channels)
+    network = make_unet(size // 4, width, latent_channels, channels)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing", steps_offset=1)
 
     for module in (autoencoder, network):  # a quarter faster on a CPU

@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""Make the weights that notebooks 4 and 5 load, in half precision: under an hour on 2 CPU cores.
+
+    python tutorials/make_weights.py            all of them
+    python tutorials/make_weights.py digits     weights/digits: a teacher and students of 1, 2, 4, 8 steps
+    python tutorials/make_weights.py latent     weights/latent: a pipeline, and its students by MLCM and TLCM
+
+What is finished is kept in runs/tutorials; run it again to go on after an interruption.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import run_cifar
+
+WORK, WEIGHTS = Path("runs/tutorials"), HERE / "weights"
+
+
+def digits() -> None:
+    from mcm.denoiser import read_safetensors, write_safetensors
+
+    out = WORK / "digits"
+    resume = ["--resume"] * (out / "run.json").is_file()
+    if run_cifar.run(["--data", "digits", "--preset", "long", "--channels", "32", "--out", str(out), *resume]):
+        sys.exit(1)
+    (WEIGHTS / "digits").mkdir(parents=True, exist_ok=True)
+    for name in ("teacher", "cd-1", "cd-2", "cd-4", "cd-8"):
+        tensors, metadata = read_safetensors(out / f"{name}.safetensors")
+        write_safetensors(WEIGHTS / "digits" / f"{name}.safetensors", {k: v.half() for k, v in tensors.items()}, metadata)
+
+
+def latent() -> None:
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    import run_latent
+    from mcm.sdxl import LORA_FILE, load_pipeline
+    from mcm.tiny_sdxl import train_tiny_sdxl
+
+    out, pipeline = WORK / "latent", WORK / "pipeline"
+    args = run_latent.parse([])
+    if not (pipeline / "model_index.json").is_file():  # smaller than run_latent.py's, to be light in the repository
+        world = run_latent.load_world(args)
+        vae, unet = run_latent.training(args, args.vae_iterations, 4, 1e-3, clip=0.1), run_latent.training(args, 4000, 24, 1e-3)
+        train_tiny_sdxl(world.prompts, world.pictures, pipeline, vae, unet, channels=(48, 96))
+    names, resume = ["mlcm", "tlcm"], ["--resume"] * (out / "run.json").is_file()
+    if run_latent.run(["--pipeline", str(pipeline), "--recipe", *names, "--rank", "16", "--evaluations", "180", "--out", str(out), *resume]):
+        sys.exit(1)
+    shutil.rmtree(WEIGHTS / "latent", ignore_errors=True)
+    pipe = load_pipeline(str(pipeline), torch.float16, torch.device("cpu"))
+    pipe.save_pretrained(WEIGHTS / "latent" / "pipeline", max_shard_size="1400KB")
+    for name in names:
+        folder = WEIGHTS / "latent" / name
+        folder.mkdir()
+        with safe_open(out / name / LORA_FILE, "pt") as file:
+            tensors, metadata = {key: file.get_tensor(key).half() for key in file.keys()}, file.metadata()
+        save_file(tensors, folder / LORA_FILE, metadata)
+        shutil.copy(out / name / "scheduler_config.json", folder)
+
+
+if __name__ == "__main__":
+    for part in sys.argv[1:] or ("digits", "latent"):
+        {"digits": digits, "latent": latent}[part]()
