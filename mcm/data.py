@@ -55,7 +55,7 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def load_data(name: str, data_dir: str | Path, image_size: int | None = None) -> ImageData:
+def load_data(name: str, data_dir: str | Path = "data", image_size: int | None = None) -> ImageData:
     """name: "digits", "cifar10", "imagenet64" or "folder"; image_size: for a folder only.
 
     Raises InputError, naming the file, for anything missing, truncated or of the wrong shape.

@@ -311,7 +311,9 @@ def load_pipeline(source: str, dtype: torch.dtype, device: torch.device) -> Stab
         if missing:
             raise InputError(f"{source} is a {kind.get('_class_name', 'pipeline of no name')}, not an SDXL pipeline: it has no {', '.join(missing)}")
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, **({} if dtype == torch.float32 else {"torch_dtype": dtype}))
+        with warnings.catch_warnings():  # newer versions of diffusers call the argument dtype; all know this name
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
+            pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = "the folder is damaged" if path.exists() else "it is no folder here, and the hub did not give it. Without a network, pass a folder that holds a saved pipeline"
@@ -321,4 +323,4 @@ def load_pipeline(source: str, dtype: torch.dtype, device: torch.device) -> Stab
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)
-    return pipe.to(device, dtype)  # the dtype too: a file in half precision would else load as it is
+    return pipe.to(device)

@@ -341,6 +341,12 @@ def test_rank_larger_than_a_layer(saved):
         SDXL(load_pipeline(str(saved), torch.float32, torch.device("cpu")), rank=64)
 
 
+def test_files_of_half_precision_load_in_the_precision_asked_for(saved, tmp_path):
+    load_pipeline(str(saved), torch.float16, torch.device("cpu")).save_pretrained(tmp_path)
+    pipe = load_pipeline(str(tmp_path), torch.float32, torch.device("cpu"))
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)} == {torch.float32}
+
+
 def test_not_an_sdxl_pipeline(saved, tmp_path):
     cpu = torch.device("cpu")
     with pytest.raises(mcm.InputError, match="no model_index.json"):

@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
-"""Make the weights that notebooks 4 and 5 load, in half precision: under an hour on 2 CPU cores.
+"""Make the weights that notebooks 4 and 5 load, in half precision: about an hour on 2 CPU cores. In the repository's folder:
 
-    python tutorials/make_weights.py            all of them
-    python tutorials/make_weights.py digits     weights/digits: a teacher and students of 1, 2, 4, 8 steps
-    python tutorials/make_weights.py latent     weights/latent: a pipeline, and its students by MLCM and TLCM
+    python -m tutorials.make_weights            all of them
+    python -m tutorials.make_weights digits     weights/digits: a teacher and students of 1, 2, 4, 8 steps
+    python -m tutorials.make_weights latent     weights/latent: a pipeline, and its students by MLCM and TLCM
 
 What is finished is kept in runs/tutorials; run it again to go on after an interruption.
 """
@@ -12,16 +11,20 @@ import shutil
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import run_cifar
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-WORK, WEIGHTS = Path("runs/tutorials"), HERE / "weights"
+import run_cifar
+import run_latent
+from mcm.denoiser import read_safetensors, write_safetensors
+from mcm.sdxl import LORA_FILE, load_pipeline
+from mcm.tiny_sdxl import train_tiny_sdxl
+
+WORK, WEIGHTS = Path("runs/tutorials"), Path(__file__).parent / "weights"
 
 
 def digits() -> None:
-    from mcm.denoiser import read_safetensors, write_safetensors
-
     out = WORK / "digits"
     resume = ["--resume"] * (out / "run.json").is_file()
     if run_cifar.run(["--data", "digits", "--preset", "long", "--channels", "32", "--out", str(out), *resume]):
@@ -33,14 +36,6 @@ def digits() -> None:
 
 
 def latent() -> None:
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    import run_latent
-    from mcm.sdxl import LORA_FILE, load_pipeline
-    from mcm.tiny_sdxl import train_tiny_sdxl
-
     out, pipeline = WORK / "latent", WORK / "pipeline"
     args = run_latent.parse([])
     if not (pipeline / "model_index.json").is_file():  # smaller than run_latent.py's, to be light in the repository
