@@ -8,6 +8,7 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -189,8 +190,10 @@ def training(args: argparse.Namespace, iterations: int, lr: float, ema: float) -
 
 
 def finished(path: Path, iterations: int) -> bool:
-    """Whether this checkpoint is the end of a run, not a stop on the way."""
-    return path.is_file() and mcm.load(path).metadata.get("step") == iterations
+    """Whether this checkpoint is the end of a run, not a stop on the way; a damaged one is neither, and is made anew from its state."""
+    with contextlib.suppress(mcm.InputError):
+        return path.is_file() and mcm.load(path).metadata.get("step") == iterations
+    return False
 
 
 def load_teacher(path: Path, args: argparse.Namespace, data: ImageData, device: torch.device) -> mcm.Denoiser:

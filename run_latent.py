@@ -488,7 +488,7 @@ def student(args, judge: Judge, data: Captioned, recipe: Recipe, recipe_name: st
     pictures = draw_rows(args, judge, name, recipe, K, cond)
     for which in [w for w in sdxl.unets if w]:
         sdxl.remove(which)
-    for state in args.out.glob(f"{name}-[0-9].state.safetensors"):
+    for state in args.out.glob(f"{name}-[0-9].state.*safetensors"):
         state.unlink()
     return seconds, pictures
 

@@ -1,5 +1,6 @@
 """What the two scripts share: devices, files written whole, a folder that belongs to one run, errors as exit codes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -73,6 +74,11 @@ def run(script: str, main: Callable[[list[str]], None], argv: list[str]) -> int:
         main(argv)
     except InputError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"{script}: error: {error}. What was saved before is intact: make room, and go on with --resume.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; go on with --resume", file=sys.stderr)

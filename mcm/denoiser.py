@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import InputError
@@ -151,16 +151,22 @@ SCHEDULES = {"cosine": CosineSchedule, "discrete": DiscreteSchedule}
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict) -> None:
-    """Write tensors and JSON-able metadata so that a crash half-way leaves the previous file intact."""
+    """Write tensors and JSON-able metadata so that a crash half-way leaves the previous file intact. Raises InputError if they cannot be
+    written, for want of room or of rights."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    save_file(tensors, partial, {"format": FORMAT, "mcm": json.dumps(metadata)})
-    os.replace(partial, path)
+    try:
+        save_file(tensors, partial, {"format": FORMAT, "mcm": json.dumps(metadata)})
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path} could not be written ({error}). What was saved before is intact: make room, and go on with --resume.") from None
 
 
-def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """-> tensors, metadata of a file of ours. Raises InputError for a file that is missing, damaged, a pickle or not ours."""
+def read_header(path: str | Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
+    """-> metadata, shapes of the tensors by name, of a file of ours. Raises InputError for a file that is missing, damaged, a pickle or
+    not ours."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint")
     try:
@@ -168,12 +174,18 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 raise InputError(f"{path}: a safetensors file, but not a checkpoint written by mcm.save")
-            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(header["mcm"])
+            return json.loads(header["mcm"]), {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise InputError(
             f"{path}: not a readable checkpoint ({error}). It is truncated, or another format; pickles (.pt, .ckpt) are never "
             "loaded, since they can run code. Use a .safetensors file written by mcm.save."
         ) from None
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """-> tensors, metadata of a file of ours. Raises InputError as `read_header` does."""
+    metadata, _ = read_header(path)
+    return load_file(path), metadata
 
 
 def save(path: str | Path, denoiser: Denoiser, **metadata) -> None:
@@ -194,19 +206,40 @@ def save(path: str | Path, denoiser: Denoiser, **metadata) -> None:
 def load(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     """-> the Denoiser that `save` wrote, in eval mode, with everything from the header in `denoiser.metadata`.
 
-    Raises InputError if the file is missing, truncated, a pickle, not ours, or does not fit the network its header describes.
+    Raises InputError if the file is missing, truncated, a pickle, not ours, or does not fit the network its header describes, which is
+    looked at before memory is taken.
     """
-    tensors, metadata = read_safetensors(path)
+
+    metadata, shapes = read_header(path)
     if "network" not in metadata:
         raise InputError(f"{path}: a file of ours, but not a model: training state and feature classifiers cannot be sampled")
     try:
+        check_size(metadata, shapes)
         arguments = dict(metadata["schedule"])
         schedule = SCHEDULES[arguments.pop("kind")](**arguments)
         network = UNet(**metadata["network"])
-        network.load_state_dict(tensors)
+        network.load_state_dict(load_file(path))
         denoiser = Denoiser(network, schedule, metadata["prediction"], metadata["student_steps"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: its weights do not fit the network that its header describes ({reason})") from None
     denoiser.metadata = metadata
     return denoiser.to(device).eval().requires_grad_(False)
+
+
+def check_size(metadata: dict, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises ValueError, or what a missing entry raises, where a header describes more than the tensors of these shapes: the widest weights of
+    every level are compared before any is made."""
+    network, steps = metadata["network"], metadata["student_steps"]
+    channels, blocks, multipliers = network["channels"], network["blocks"], network["multipliers"]
+    if len(multipliers) * blocks > len(shapes):
+        raise ValueError(f"{blocks} blocks in each of {len(multipliers)} levels")
+    described = {"first.weight": (channels, network["in_channels"], 3, 3)}
+    described |= {f"down.{i * blocks}.block.conv2.weight": (channels * m, channels * m, 3, 3) for i, m in enumerate(multipliers)}
+    if network["classes"]:
+        described["label.weight"] = (network["classes"] + 1, 4 * channels)
+    for name, shape in described.items():
+        if shapes.get(name) != shape:
+            raise ValueError(f"{name} would be {shape}, but is {shapes.get(name)}")
+    if not 0 < network["image_size"] <= 4096 or steps is not None and not 0 < steps <= 100_000:
+        raise ValueError(f"image size {network['image_size']}, student steps {steps}")

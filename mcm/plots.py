@@ -72,7 +72,8 @@ def training_curves(log: Path, path: Path) -> None:
     runs: dict[str, list[dict]] = {}
     for line in log.read_text().splitlines():
         entry = json.loads(line)
-        runs.setdefault(entry["model"], []).append(entry)
+        if entry["loss"] is not None:
+            runs.setdefault(entry["model"], []).append(entry)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=120)
     for (name, entries), colour in zip(runs.items(), COLOURS * (1 + len(runs) // len(COLOURS))):
         left.plot([e["step"] for e in entries], [e["loss"] for e in entries], color=colour, label=name)

@@ -8,7 +8,9 @@ import contextlib
 import copy
 import json
 import math
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .cli import write
 from .data import ImageData, to_float
 from .denoiser import Denoiser, read_safetensors, save, write_safetensors
 from .errors import InputError
@@ -78,16 +81,17 @@ def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
 
 @contextmanager
 def deferred_interrupt():
-    """Within this block Ctrl-C only sets a flag, which the yielded function reads: a step is never cut in two."""
-    pressed = []
+    """Within this block Ctrl-C and SIGTERM only set a flag, which the yielded function reads: a step is never cut in two."""
+    asked = []
     if threading.current_thread() is not threading.main_thread():  # signals only reach the main thread
         yield lambda: False
         return
-    previous = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    previous = {which: signal.signal(which, lambda *_: asked.append(True)) for which in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(pressed)
+        yield lambda: bool(asked)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for which, handler in previous.items():
+            signal.signal(which, handler)
 
 
 class Learner:
@@ -99,14 +103,14 @@ class Learner:
 
     def __init__(self, weights: dict[str, Tensor], clip: float, averages: Sequence[tuple[dict[str, Tensor], Callable[[int], float]]] = (), weight_decay: float = 0.0):
         self.weights, self.clip, self.averages = weights, clip, averages
-        device = next(iter(weights.values())).device.type
-        self.optimizer = torch.optim.AdamW(list(weights.values()), 0.0, betas=(0.9, 0.99), weight_decay=weight_decay, fused=device in ("cpu", "cuda"))
+        self.optimizer = torch.optim.AdamW(list(weights.values()), 0.0, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
     def update(self, lr: float, step: int) -> Tensor:
-        """One step along the gradients that have been gathered; -> their norm."""
+        """One step along the gradients that have been gathered, or none at all unless they are finite; -> their norm."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.clip)
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # the fused kernels look at it where it is: the host does not wait
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
@@ -207,13 +211,15 @@ def loop(
     """Call step(0), step(1), ... settings.iterations times, each with a random state of its own.
 
     Every settings.save_every steps and at the end writes out/NAME.state.safetensors (all that resuming needs) and calls
-    saved(step, seconds, True). Lines of figures go to out/log.jsonl. With resume, goes on from the state file if there is one, after
-    saved(step, seconds, False). Ctrl-C finishes the step, saves and raises KeyboardInterrupt. Raises InputError when the loss or the
-    gradient stops being finite, naming the step; what was saved before stays. segments: for the losses by segment in the log.
+    saved(step, seconds, True); the state before stays as out/NAME.state.previous.safetensors. Lines of figures go to out/log.jsonl. With
+    resume, goes on from the newest state that can be read, if there is one, after saved(step, seconds, False). Ctrl-C and SIGTERM
+    finish the step, save and raise KeyboardInterrupt. Steps whose gradient is not finite change nothing and are counted in the log;
+    raises InputError after many in a row, naming the first, and if the disk is full; what was saved before stays. segments: for the
+    losses by segment in the log.
     """
-    state_file, first, elapsed = out / f"{name}.state.safetensors", 0, 0.0
-    if resume and state_file.is_file():
-        first, elapsed = load_state(state_file, learners, settings)
+    state_file, first, elapsed, skipped = out / f"{name}.state.safetensors", 0, 0.0, 0
+    if resume and (found := load_state(state_file, learners, settings)):
+        first, elapsed = found
         saved(first, elapsed, False)  # a kill may have come between the two files
     forget_log(out / "log.jsonl", name, first)
 
@@ -226,12 +232,19 @@ def loop(
             stop = interrupted()
             saving = stop or index + 1 == settings.iterations or (index + 1) % settings.save_every == 0
             if saving or (index + 1) % settings.log_every == 0:
-                line = summary(done, segments, index + 1, name)
+                line, skipped = summary(done, segments, index + 1, name), trailing(done, skipped)
+                if skipped >= min(MOST_SKIPPED, settings.iterations // 4 + 1):
+                    raise InputError(
+                        f"{name}: the loss or its gradient is no longer finite, from step {index + 2 - skipped} on. What was saved before is intact. "
+                        "Lower the learning rate, or use --precision fp32."
+                    )
                 seconds, started = time.perf_counter() - started, time.perf_counter()
                 elapsed += seconds
                 rate = sum(len(d.per_sample) for d in done) / seconds
                 line |= {"lr": settings.lr_at(index), "seconds": round(seconds, 3), "images_per_second": round(rate, 1)}
-                steps.set_postfix(loss=f"{line['loss']:.4f}", img_s=f"{rate:.0f}", refresh=False)
+                if line["skipped"]:
+                    steps.write(f"{name}: {line['skipped']} of the {len(done)} steps up to {index + 1} were skipped, as their gradients were not finite")
+                steps.set_postfix(loss=f"{line['loss'] or math.nan:.4f}", img_s=f"{rate:.0f}", refresh=False)
                 with (out / "log.jsonl").open("a") as log:
                     log.write(json.dumps(line) + "\n")
                 done = []
@@ -252,20 +265,30 @@ def forget_log(path: Path, name: str, step: int) -> None:
             line = json.loads(text)
             if line["model"] != name or line["step"] <= step:
                 kept.append(text + "\n")
-    path.write_text("".join(kept))
+    write(path, "".join(kept))
+
+
+def finite(done: list[Step]) -> Tensor:
+    """Which of these steps changed something, (n,)."""
+    loss, norm = torch.stack([d.per_sample.mean() for d in done]), torch.stack([d.gradient_norm for d in done])
+    return (loss.isfinite() & norm.isfinite()).cpu()
+
+
+def trailing(done: list[Step], before: int) -> int:
+    """How many steps in a row, the last one the latest, changed nothing; `before`: of those before these."""
+    good = finite(done).nonzero()
+    return len(done) - 1 - int(good[-1]) if len(good) else before + len(done)
 
 
 def summary(done: list[Step], segments: int, step: int, name: str) -> dict:
-    """One line of the log about the steps since the last one; raises InputError unless all their losses and gradients are finite."""
-    n = len(done)
+    """One line of the log about the steps since the last one; means are over those that were not skipped, and null if all were."""
+    good = finite(done)
+    n, skipped = int(good.sum()), int((~good).sum())
+    done = [d for d, counts in zip(done, good.tolist()) if counts]
+    if not n:
+        return {"model": name, "step": step, "loss": None, "gradient_norm": None, "loss_by_t": [None] * 10, "loss_by_segment": [None] * segments, "skipped": skipped}
     loss, t = (torch.cat([getattr(d, key) for d in done]).cpu().double() for key in ("per_sample", "t"))
     norm = torch.stack([d.gradient_norm for d in done]).cpu()
-    bad = (~(loss.reshape(n, -1).mean(1).isfinite() & norm.isfinite())).nonzero()
-    if len(bad):
-        raise InputError(
-            f"{name}: the loss or its gradient is no longer finite at step {step - n + int(bad[0]) + 1}. What was saved before is intact. "
-            "Lower the learning rate, or use --precision fp32."
-        )
 
     def binned(bins: int) -> list[float | None]:
         index = (torch.ceil(t * bins).long() - 1).clamp(0, bins - 1)
@@ -276,21 +299,43 @@ def summary(done: list[Step], segments: int, step: int, name: str) -> dict:
     return {
         "model": name, "step": step, "loss": round(float(loss.mean()), 6), "gradient_norm": round(float(norm.mean()), 6),
         "loss_by_t": binned(10), "loss_by_segment": binned(segments),
-        **{key: round(sum(float(d.figures[key]) for d in done) / n, 6) for key in done[0].figures},
+        **{key: round(sum(float(d.figures[key]) for d in done) / n, 6) for key in done[0].figures}, "skipped": skipped,
     }  # fmt: skip
 
 
+MOST_SKIPPED = 20  # steps in a row, before a run stops
 MUST_MATCH = ("iterations", "batch", "accumulate", "lr", "ema", "precision", "seed")
+
+
+def earlier(path: Path) -> Path:
+    return path.with_name(path.name.replace(".state.", ".state.previous."))
 
 
 def save_state(path: Path, learners: dict[str, Learner], settings: Training, step: int, elapsed: float) -> None:
     tensors = {f"{name}/{key}": value for name, learner in learners.items() for key, value in learner.state().items()}
+    if path.is_file():
+        os.replace(path, earlier(path))
     write_safetensors(path, tensors, {"step": step, "elapsed": elapsed, **{key: getattr(settings, key) for key in MUST_MATCH}})
 
 
-def load_state(path: Path, learners: dict[str, Learner], settings: Training) -> tuple[int, float]:
-    """Put everything back; -> the step to go on from, the seconds spent so far. Raises InputError if it belongs to a run with other settings."""
-    tensors, metadata = read_safetensors(path)
+def load_state(path: Path, learners: dict[str, Learner], settings: Training) -> tuple[int, float] | None:
+    """Put everything back; -> the step to go on from, the seconds spent so far; None if nothing was saved. Where the newest file is
+    damaged, the one before serves. Raises InputError if both are, or if the file belongs to a run with other settings."""
+    found, damage = None, None
+    for candidate in (path, earlier(path)):
+        try:
+            found = read_safetensors(candidate) if candidate.is_file() else None
+        except InputError as error:
+            damage = damage or error
+        if found:
+            break
+    if damage:
+        if not found:
+            raise damage
+        print(f"{damage}\nGoing on from the checkpoint before it, step {found[1]['step']}.", file=sys.stderr)
+    if not found:
+        return None
+    tensors, metadata = found
     for key in MUST_MATCH:
         if metadata[key] != getattr(settings, key):
             raise InputError(f"{path}: saved with {key} {metadata[key]}, but now it is {getattr(settings, key)}. Give the old value, or another --out.")

@@ -1,6 +1,8 @@
 import json
 import pickle
+import resource
 import struct
+import time
 
 import pytest
 import torch
@@ -142,13 +144,31 @@ def test_bad_checkpoints_are_explained(network, tmp_path):
     save_file({"w": torch.zeros(2)}, bad)
     with pytest.raises(mcm.InputError, match="not a checkpoint written by mcm.save"):
         mcm.load(bad)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"channels": 32}, {"channels": 2**20}, {"blocks": 10**9}, {"multipliers": [1] * 10**6}, {"multipliers": []}, {"classes": 10**12}, {"image_size": 2**30},
+        {"channels": "64"}, {"blocks": None}, {"in_channels": -1}, {"student_steps": 10**15}, {"prediction": "eval"}, {"schedule": {"kind": "os.system"}},
+    ],
+)  # fmt: skip
+def test_a_tampered_header_is_refused_before_memory_is_taken(network, tmp_path, change):
+    path = tmp_path / "a.safetensors"
+    mcm.save(path, mcm.Denoiser(network, COSINE))
+    data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     metadata = json.loads(header["__metadata__"]["mcm"])
-    metadata["network"]["channels"] = 32
+    for key, value in change.items():
+        (metadata["network"] if key in metadata["network"] else metadata)[key] = value
     header["__metadata__"]["mcm"] = json.dumps(metadata)
     text = json.dumps(header).encode()
-    refused(struct.pack("<Q", len(text)) + text + data[8 + length :], "do not fit")
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    with pytest.raises(mcm.InputError, match="do not fit|prediction must be"):
+        mcm.load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000 and time.perf_counter() - began < 5  # kB, s
 
 
 def test_a_torch_pickle_is_never_unpickled(tmp_path):

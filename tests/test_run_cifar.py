@@ -72,7 +72,7 @@ def test_digits_students_beat_their_teacher_by_far(tmp_path):
 def test_what_out_receives(quick):
     names = {p.name for p in quick.iterdir()}
     pictures = {"samples.png", "quality_vs_steps.png", "training.png"}
-    checkpoints = {f"{m}{end}.safetensors" for m in ("teacher", "cd-1", "cd-2") for end in ("", ".state")}
+    checkpoints = {f"{m}{end}.safetensors" for m in ("teacher", "cd-1", "cd-2") for end in ("", ".state", ".state.previous")}
     assert names == {"results.json", "results.md", "log.jsonl", "run.json", "rows.json", "previews"} | pictures | checkpoints
     for picture in [*(quick / name for name in pictures), *(quick / "previews").iterdir()]:
         assert np.array(Image.open(picture)).std() > 10
@@ -267,4 +267,4 @@ def test_out_that_cannot_be_used(quick, tmp_path, refused):
 
 def test_a_diverging_run_says_so(tmp_path, refused):
     arguments = QUICK.replace("--teacher-iterations 6", "--teacher-iterations 60").split()
-    refused(*arguments, "--lr", "1e30", "--out", tmp_path / "run", says="no longer finite at step")
+    refused(*arguments, "--lr", "1e30", "--out", tmp_path / "run", says="no longer finite, from step")

@@ -1,5 +1,6 @@
 import copy
 import json
+import resource
 import signal
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import mcm
+import mcm.training
 from mcm.data import digits, to_float
 from mcm.recipes import mcm as recipe
 from mcm.training import Training, batch_indices, train
@@ -103,28 +105,96 @@ def test_average_is_the_recursion(tmp_path):
         torch.testing.assert_close(a, w0 + 0.9 * (w1 - w0), rtol=1e-5, atol=1e-7)
 
 
-def test_a_nan_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(tmp_path, capsys):
+    """Steps 2 and 6 of 12 change neither weights nor optimiser: what remains equals a run that never made them."""
+
     def loss(denoiser, x, labels, progress):
         out = diffusion(denoiser, x, labels, progress)
-        return out._replace(loss=out.loss * float("nan"), per_sample=out.per_sample * float("nan")) if progress >= 9 / 12 else out
+        return out._replace(loss=out.loss * float("nan")) if round(progress * 12) in (1, 5) else out
 
-    with pytest.raises(mcm.InputError, match="no longer finite at step 10"):
-        train(small(), loss, DATA, settings(), tmp_path, "m")
+    class Reference(mcm.training.Learner):
+        def update(self, lr, step):
+            if step not in (1, 5):
+                return super().update(lr, step)
+            self.optimizer.zero_grad()
+            return torch.tensor(0.0)
+
+    (tmp_path / "skipped").mkdir()
+    skipped = train(small(), loss, DATA, settings(ema=0.0), tmp_path / "skipped", "m")
+    mcm.training.Learner, kept = Reference, mcm.training.Learner
+    try:
+        reference = train(small(), diffusion, DATA, settings(ema=0.0), tmp_path, "m")
+    finally:
+        mcm.training.Learner = kept
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(skipped.parameters(), reference.parameters()))
+    lines = [json.loads(line) for line in (tmp_path / "skipped" / "log.jsonl").read_text().splitlines()]
+    assert sum(line["skipped"] for line in lines) == 2 and all(line["loss"] > 0 for line in lines)
+    assert "1 of the 3 steps up to 3 were skipped" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_too_many_in_a_row_stop_the_run_and_keep_the_last_checkpoint(tmp_path, what):
+    def loss(denoiser, x, labels, progress):
+        out = diffusion(denoiser, x, labels, progress)
+        if progress < 9 / 40:
+            return out
+        if what == "loss":
+            return out._replace(loss=out.loss * float("nan"), per_sample=out.per_sample * float("nan"))
+        return out._replace(loss=out.loss + sum((p - p).sum().sqrt() for p in denoiser.parameters()))  # 0, with derivative 1 / 0
+
+    with pytest.raises(mcm.InputError, match="no longer finite, from step 10 on"):
+        train(small(), loss, DATA, settings(iterations=40, save_every=12), tmp_path, "m")
     kept = mcm.load(tmp_path / "m.safetensors")
-    assert kept.metadata["step"] == 8 and all(p.isfinite().all() for p in kept.parameters())
+    assert kept.metadata["step"] == 12 and all(p.isfinite().all() for p in kept.parameters())
     # ... and a run whose loss behaves again goes on from there
-    assert train(small(), diffusion, DATA, settings(), tmp_path, "m", resume=True).metadata["step"] == 12
+    assert train(small(), diffusion, DATA, settings(iterations=40, save_every=12), tmp_path, "m", resume=True).metadata["step"] == 40
 
 
-def test_a_gradient_that_is_not_finite_is_caught_too(tmp_path):
+@pytest.mark.parametrize("damage", ["truncated", "missing", "garbage"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, damage):
+    (tmp_path / "whole").mkdir()
+    reference = train(small(), diffusion, DATA, settings(), tmp_path / "whole", "m")
+    train(small(), diffusion, DATA, settings(), tmp_path, "m")
+    state = tmp_path / "m.state.safetensors"
+    if damage == "missing":  # as a kill between two renamings leaves it
+        state.unlink()
+    else:
+        state.write_bytes(state.read_bytes()[:10_000] if damage == "truncated" else b"x" * 10_000)
+    seen = []
+
     def loss(denoiser, x, labels, progress):
-        out = diffusion(denoiser, x, labels, progress)
-        bad = sum((p - p).sum().sqrt() for p in denoiser.parameters())  # 0, with derivative 1 / 0
-        return out._replace(loss=out.loss + bad) if progress >= 5 / 12 else out
+        seen.append(progress)
+        return diffusion(denoiser, x, labels, progress)
 
-    with pytest.raises(mcm.InputError, match="no longer finite at step 6"):
-        train(small(), loss, DATA, settings(), tmp_path, "m")
-    assert mcm.load(tmp_path / "m.safetensors").metadata["step"] == 4
+    resumed = train(small(), loss, DATA, settings(), tmp_path, "m", resume=True)
+    assert len(seen) == 4 and all(torch.equal(a, b) for a, b in zip(resumed.parameters(), reference.parameters()))
+    said = capsys.readouterr().err
+    assert damage == "missing" or "m.state.safetensors: not a readable checkpoint" in said and "Going on from the checkpoint before it, step 8" in said
+    for file in (state, tmp_path / "m.state.previous.safetensors"):
+        file.write_bytes(b"x")
+    with pytest.raises(mcm.InputError, match="not a readable checkpoint"):
+        train(small(), diffusion, DATA, settings(), tmp_path, "m", resume=True)
+
+
+def test_a_full_disk_is_explained_and_nothing_saved_is_lost(tmp_path):
+    """For real: the process may write no file larger than 100 kB, which the averaged weights fit into and the state does not."""
+    (tmp_path / "whole").mkdir()
+    reference = train(small(0.0), diffusion, DATA, settings(iterations=8), tmp_path / "whole", "m")
+
+    def at_step_six(denoiser, x, labels, progress):
+        if progress == 5 / 8:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        return diffusion(denoiser, x, labels, progress)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(mcm.InputError, match=r"m.state.safetensors could not be written .*make room, and go on with --resume"):
+            train(small(0.0), at_step_six, DATA, settings(iterations=8), tmp_path, "m")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert mcm.load(tmp_path / "m.safetensors").metadata["step"] == 4 and not list(tmp_path.glob("*.partial"))
+    resumed = train(small(0.0), diffusion, DATA, settings(iterations=8), tmp_path, "m", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), reference.parameters()))
 
 
 @pytest.mark.parametrize("change, message", [(dict(iterations=24), "iterations 12"), (dict(batch=16), "batch 32"), (dict(seed=5), "seed 0")])
@@ -164,14 +234,15 @@ def test_bf16_trains_every_weight(tmp_path, kind):
         assert after.dtype == torch.float32 and after.isfinite().all() and not torch.equal(before, after), name
 
 
-def test_ctrl_c_saves_and_resumes(tmp_path):
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_and_resume(tmp_path, which):
     """The signal comes in the middle of step 6, between two checkpoints; the step is finished and saved."""
     calls = []
 
     def loss(denoiser, x, labels, progress):
         calls.append(progress)
         if len(calls) == 6 and first:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(which)
         return diffusion(denoiser, x, labels, progress)
 
     (tmp_path / "whole").mkdir()
