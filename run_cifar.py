@@ -4,6 +4,7 @@
     python run_cifar.py --data digits                       minutes on a laptop, no download
     python run_cifar.py                                     CIFAR-10, class-conditional
     python run_cifar.py --data folder --data-dir PICTURES   your own images
+    torchrun --nproc_per_node=2 run_cifar.py                the same on two GPUs
     python run_cifar.py --sample runs/digits/cd-4.safetensors --n 64
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 import mcm
-from mcm import cli, metrics, plots, recipes
+from mcm import cli, metrics, parallel, plots, recipes
 from mcm.cli import describe, digest, pick_device, recorded, write
 from mcm.data import ImageData, load_data, to_float
 from mcm.training import Training, train
@@ -217,7 +218,7 @@ def train_teacher(args: argparse.Namespace, data: ImageData, device: torch.devic
     teacher = mcm.Denoiser(network, mcm.CosineSchedule()).to(device)
 
     def loss(denoiser: mcm.Denoiser, x: Tensor, labels: Tensor, progress: float) -> mcm.LossOutput:
-        dropped = torch.rand(len(labels), device=device) < args.label_dropout
+        dropped = parallel.draw(lambda n: torch.rand(n, device=device), len(labels)) < args.label_dropout
         return mcm.diffusion_loss(denoiser, x, torch.where(dropped, data.classes, labels))
 
     settings = training(args, args.teacher_iterations, args.lr, args.ema)
@@ -270,8 +271,8 @@ def generate(model, z: Tensor, labels: Tensor, steps: int, solver, device: torch
     started, pixels = time.perf_counter(), z.shape[-1] * z.shape[-2]
     chunk = max(1, (2**14 if device.type == "cpu" else 2**20) // pixels)  # a CPU is twice as fast while a layer fits its cache
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        images = mcm.sample(model, z.to(device), steps, labels.to(device), solver, chunk=chunk, progress=label)
-    return images.clamp(-1, 1).cpu(), (time.perf_counter() - started) / len(z)
+        images = mcm.sample(model, parallel.own(z).to(device), steps, parallel.own(labels).to(device), solver, chunk=chunk, progress=label)
+    return parallel.gathered(images).clamp(-1, 1).cpu(), (time.perf_counter() - started) / len(z)
 
 
 def evaluate(args, data: ImageData, teacher, students: dict[int, mcm.Denoiser], classifier, device) -> tuple[list[dict], float]:
@@ -314,7 +315,9 @@ def evaluate(args, data: ImageData, teacher, students: dict[int, mcm.Denoiser], 
         }  # fmt: skip
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         rows[key] = {"of": name, "digest": digest(teacher_file if is_teacher else args.out / f"{name}.safetensors"), "row": row}
-        write(store, json.dumps({"of": same, "rows": rows, "seconds": before + time.perf_counter() - started}))
+        if parallel.first():
+            write(store, json.dumps({"of": same, "rows": rows, "seconds": before + time.perf_counter() - started}))
+    parallel.wait()
     rows = [entry["row"] for entry in rows.values()]
     rows.sort(key=lambda row: (row["model"] == "student", row.get("recipe", ""), row["sampler"] == "addim", row["steps"]))
     return rows, json.loads(store.read_text())["seconds"]
@@ -381,16 +384,17 @@ def main(argv: list[str]) -> None:
     check(args)
     if args.sample:
         return draw_only(args)
-    device = pick_device(args.device)
+    device = pick_device(parallel.start(args.device))
     print(f"{args.data}, preset {args.preset}: {args.cost}")
     print("  " + ", ".join(f"{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in args.preset_values.items()))
-    data = load_data(args.data, args.data_dir, args.image_size).to(device)
+    data = parallel.in_turn(lambda: load_data(args.data, args.data_dir, args.image_size)).to(device)
     if data.image_shape[1] != args.image_size:
         raise mcm.InputError(f"--image-size {args.image_size} is for folders: {args.data} has images of {data.image_shape[1]} pixels")
     args.features = args.features or args.out.parent / f"features-{args.data}-{data.fingerprint()}-{args.classifier_iterations}.safetensors"
     given = load_teacher(args.teacher, args, data, device) if args.teacher else None
-    open_out(args)
-    classifier, accuracy = metrics.train_classifier(data, args.classifier_iterations, args.features)
+    if parallel.first():
+        open_out(args)
+    classifier, accuracy = parallel.in_turn(lambda: metrics.train_classifier(data, args.classifier_iterations, args.features))
     print(f"{len(data.images):,} training images, {len(data.held_images):,} held out; the feature classifier is right on {accuracy:.1%} of those")
 
     teacher = given or train_teacher(args, data, device)
@@ -401,6 +405,8 @@ def main(argv: list[str]) -> None:
     students = {K: train_student(args, K, n, teacher, data) for K, n in zip(args.steps, args.student_iterations)}
 
     rows, evaluation = evaluate(args, data, teacher, students, classifier, device)
+    if not parallel.first():
+        return parallel.stop()
     draw_samples(args, data, teacher, students, device)
     real = metrics.embed(classifier, data.images)[0].cpu()
     order, half = torch.randperm(len(real), generator=torch.Generator().manual_seed(0)), len(real) // 2

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .errors import InputError
 from .recipes import Stage
 from .sampling import STATES, noised, rows
@@ -36,8 +37,17 @@ class LossOutput(NamedTuple):
 def stratified_times(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """(n,) times, each uniform on (0, 1], one in each of n equal strata: a batch covers all noise levels evenly, so its loss varies
     less than with independent draws (the low-discrepancy sampler of variational diffusion models, arXiv 2107.00630)."""
-    u = torch.rand(n, device=device, generator=generator, dtype=torch.float64)
-    return 1 - (torch.arange(n, device=device) + u) / n
+
+    def whole(n: int) -> Tensor:
+        u = torch.rand(n, device=device, generator=generator, dtype=torch.float64)
+        return 1 - (torch.arange(n, device=device) + u) / n
+
+    return parallel.draw(whole, n)
+
+
+def normal_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal noise of the shape, type and device of x, (B, ...)."""
+    return parallel.draw(lambda n: torch.randn(n, *x.shape[1:], dtype=x.dtype, device=x.device, generator=generator), len(x))
 
 
 def diffusion_loss(
@@ -54,7 +64,7 @@ def diffusion_loss(
     x: (B, ...) images in [-1, 1]; cond: passed to the denoiser; t: (B,) in (0, 1] and noise: like x, drawn when not given.
     """
     t = stratified_times(len(x), x.device, generator) if t is None else t
-    noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator) if noise is None else noise
+    noise = normal_like(x, generator) if noise is None else noise
     z_t = noised(x, t, noise, denoiser.schedule)
     x_hat = denoiser(z_t, t, cond)
     per_sample = mean_over_dims(((x - x_hat) / expand(denoiser.schedule(t)[1], x)) ** 2)
@@ -117,7 +127,7 @@ def consistency_loss(
     i_s = torch.maximum(i - stage.skip, i_q)
     t, s, q = (index.double() / grid for index in (i, i_s, i_q))
 
-    noise = torch.randn(x.shape, dtype=x.dtype, device=device, generator=generator) if noise is None else noise
+    noise = normal_like(x, generator) if noise is None else noise
     z_t, x = STATES[stage.z_from](stage, x, noise, t, cond, student, teacher, generator)
     with torch.no_grad():
         z_s, x_step = _teacher_step(stage, x, z_t, t, s, cond, student, teacher, generator)

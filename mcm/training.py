@@ -23,8 +23,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from . import parallel
 from .cli import write
 from .data import ImageData, to_float
 from .denoiser import Denoiser, read_safetensors, save, write_safetensors
@@ -160,27 +162,35 @@ def train(
 
     loss_function(denoiser, x, labels, progress) -> LossOutput, progress in [0, 1). Writes out/NAME.safetensors (the averaged weights,
     for mcm.load, with `metadata`), out/NAME.state.safetensors and out/log.jsonl, and calls preview(averaged, step), for sample
-    grids: see `loop`, which does all that.
+    grids: see `loop`, which does all that. On several processes each has its part of every batch, and only the first writes.
     """
+    parallel.check_batch(settings.batch, settings.accumulate)
     device = next(denoiser.parameters()).device
     denoiser.requires_grad_(True).train()
     averaged = copy.deepcopy(denoiser).requires_grad_(False).eval()
     learner = Learner(dict(denoiser.named_parameters()), settings.clip, [(dict(averaged.named_parameters()), settings.ema_at)])
+    model, processes = denoiser, parallel.place()[1]
+    if processes > 1:  # averages the gradients of the processes in every backward pass
+        model = Denoiser(DistributedDataParallel(denoiser.network, broadcast_buffers=False), denoiser.schedule, denoiser.prediction, denoiser.student_steps)
 
     def step(index: int) -> Step:
         rows = batch_indices(len(data.images), settings.batch, index, settings.seed).to(device)
         outputs = []
         for part in rows.chunk(settings.accumulate):
+            share = len(part) / len(rows)
+            part = parallel.own(part)
             # Without the cache: it would hand the target call's weights, cast without gradient, to the student's call.
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False):
-                output = loss_function(denoiser, to_float(data.images[part]), data.labels[part], index / settings.iterations)
-            (output.loss * (len(part) / len(rows))).backward()
+                output = loss_function(model, to_float(data.images[part]), data.labels[part], index / settings.iterations)
+            (output.loss * share).backward()
             outputs.append(output)
         norm = learner.update(settings.lr_at(index), index)
         return Step(torch.cat([o.per_sample.detach() for o in outputs]), torch.cat([o.t for o in outputs]), norm, {})
 
     def saved(step: int, seconds: float, new: bool) -> None:
         averaged.metadata = metadata | {"step": step, "seconds": round(seconds, 1)}
+        if not parallel.first():
+            return
         save(out / f"{name}.safetensors", averaged, **averaged.metadata)
         if preview and new:
             preview(averaged, step)
@@ -221,17 +231,22 @@ def loop(
     if resume and (found := load_state(state_file, learners, settings)):
         first, elapsed = found
         saved(first, elapsed, False)  # a kill may have come between the two files
-    forget_log(out / "log.jsonl", name, first)
+    if parallel.first():
+        forget_log(out / "log.jsonl", name, first)
+    parallel.wait()  # none may write before all have read
 
     steps = tqdm(range(first, settings.iterations), name, initial=first, total=settings.iterations, unit="it")
-    done, started = [], time.perf_counter()
+    done, started, processes = [], time.perf_counter(), parallel.place()[1]
     with deferred_interrupt() as interrupted:
         for index in steps:
             torch.manual_seed(mixed(settings.seed, index))
             done.append(step(index))
-            stop = interrupted()
+            logging = (index + 1) % settings.log_every == 0
+            # several processes have to agree, and do so at every line of the log
+            stop = interrupted() if processes == 1 else logging and parallel.any_process(interrupted(), done[-1].per_sample.device)
             saving = stop or index + 1 == settings.iterations or (index + 1) % settings.save_every == 0
-            if saving or (index + 1) % settings.log_every == 0:
+            if saving or logging:
+                done = of_all_processes(done)
                 line, skipped = summary(done, segments, index + 1, name), trailing(done, skipped)
                 if skipped >= min(MOST_SKIPPED, settings.iterations // 4 + 1):
                     raise InputError(
@@ -245,14 +260,25 @@ def loop(
                 if line["skipped"]:
                     steps.write(f"{name}: {line['skipped']} of the {len(done)} steps up to {index + 1} were skipped, as their gradients were not finite")
                 steps.set_postfix(loss=f"{line['loss'] or math.nan:.4f}", img_s=f"{rate:.0f}", refresh=False)
-                with (out / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(line) + "\n")
+                if parallel.first():
+                    with (out / "log.jsonl").open("a") as log:
+                        log.write(json.dumps(line) + "\n")
                 done = []
             if saving:
-                save_state(state_file, learners, settings, index + 1, elapsed)
+                if parallel.first():
+                    save_state(state_file, learners, settings, index + 1, elapsed)
                 saved(index + 1, elapsed, True)
             if stop:
                 raise KeyboardInterrupt
+    parallel.wait()  # what comes next may read the files
+
+
+def of_all_processes(done: list[Step]) -> list[Step]:
+    """The same steps with every process's samples."""
+    if parallel.place()[1] == 1:
+        return done
+    losses, times = (parallel.gathered(torch.stack([getattr(d, key) for d in done], 1)) for key in ("per_sample", "t"))
+    return [d._replace(per_sample=losses[:, i], t=times[:, i]) for i, d in enumerate(done)]
 
 
 def forget_log(path: Path, name: str, step: int) -> None:

@@ -1,0 +1,70 @@
+"""Two processes on the CPU, started by torchrun as a user would, against one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mcm
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = "--data digits --channels 16 --teacher-iterations 12 --student-iterations 8 --steps 2 --samples 128 --classifier-iterations 20 --batch 32 --save-every 4 --lr 1e-3"
+
+
+def run(processes: int, out: Path, *more: str) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "run_cifar.py"), *RUN.split(), "--out", str(out), *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    found = {}
+    for processes in (1, 2):
+        found[processes] = tmp_path_factory.mktemp(f"on-{processes}") / "run"
+        done = run(processes, found[processes])
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("the network has") == 1  # one of them talks
+    return found
+
+
+@pytest.mark.parametrize("name", ["teacher", "cd-2"])
+def test_two_processes_train_what_one_does(runs, name):
+    """To rounding, in weights and losses."""
+    one, two = (mcm.load(runs[n] / f"{name}.safetensors").network.state_dict() for n in (1, 2))
+    size, apart = (torch.cat([v.flatten() for v in values]).norm() for values in (one.values(), [one[k] - two[k] for k in one]))
+    assert apart < 1e-4 * size
+    logs = [[json.loads(line) for line in (runs[n] / "log.jsonl").read_text().splitlines()] for n in (1, 2)]
+    assert [(a["model"], a["step"]) for a in logs[0]] == [(b["model"], b["step"]) for b in logs[1]]
+    for a, b in zip(*logs):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
+        assert [x is None for x in a["loss_by_t"]] == [x is None for x in b["loss_by_t"]]
+
+
+def test_two_processes_measure_what_one_does(runs):
+    one, two = (json.loads((runs[n] / "results.json").read_text())["rows"] for n in (1, 2))
+    for a, b in zip(one, two):
+        assert (a["model"], a["steps"]) == (b["model"], b["steps"]) and a["frechet"] == pytest.approx(b["frechet"], rel=1e-2)
+
+
+def test_a_run_that_two_began_is_ended_by_one(runs, tmp_path):
+    out = tmp_path / "run"
+    done = run(2, out, "--student-iterations", "4")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for end in ("", ".state", ".state.previous"):  # as a kill after the teacher's step 8 would leave it
+        path = out / f"teacher{end}.safetensors"
+        path.unlink(missing_ok=True) if end != ".state.previous" else path.rename(out / "teacher.state.safetensors")
+    for path in out.glob("cd-2*"):
+        path.unlink()
+    assert run(1, out, "--resume").returncode == 0
+    one, mixed = (mcm.load(folder / "teacher.safetensors").network.state_dict() for folder in (runs[1], out))
+    assert max((one[k] - mixed[k]).abs().max() for k in one) < 1e-3
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    done = run(2, tmp_path / "run", "--batch", "33")
+    assert done.returncode != 0 and "a batch of 33 cannot be shared evenly by 2 processes" in done.stderr
