@@ -46,3 +46,11 @@ def test_links_lead_somewhere():
         texts = [path.read_text()] if path.suffix == ".md" else [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"]
         for target in (t for text in texts for t in re.findall(r"\]\(([^)#:]+)\)", text)):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_weights_are_small():
+    files = [p for p in (ROOT / "weights").rglob("*") if p.is_file()]
+    assert max(p.stat().st_size for p in files) <= 1_500_000 and sum(p.stat().st_size for p in files) < 12_000_000
+    assert not [p for p in files if p.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+    for p in files:
+        assert not re.search(rb"/(home|root|tmp|Users|work)/", p.read_bytes()), p
