@@ -126,6 +126,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--classifier-iterations", type=int, metavar="STEPS", help="training steps of the feature classifier")
 
     group = parser.add_argument_group("further")
+    group.add_argument("--augment", action="store_true", help="mirror each training image left to right half of the time; not for digits or letters")
     group.add_argument("--accumulate", type=int, default=1, metavar="PARTS", help="put the batch through the network in this many parts, to save memory (default: 1)")
     group.add_argument("--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance of the teacher, in sampling and in distillation; 1 is none (default: 1)")
     args = parser.parse_args(argv)
@@ -185,7 +186,7 @@ def stage(args: argparse.Namespace, K: int) -> recipes.Stage:
 
 def training(args: argparse.Namespace, iterations: int, lr: float, ema: float) -> Training:
     return Training(
-        iterations, args.batch, args.accumulate, lr, warmup=min(1000, iterations // 20), ema=ema, precision=args.precision,
+        iterations, args.batch, args.accumulate, lr, warmup=min(1000, iterations // 20), ema=ema, precision=args.precision, augment=args.augment,
         seed=args.seed, log_every=min(100, max(10, iterations // 50)), save_every=args.save_every,
     )  # fmt: skip
 
@@ -359,7 +360,7 @@ def open_out(args: argparse.Namespace) -> None:
     free = ("student_iterations", "samples", "classifier_iterations")  # these are checked where they matter
     settings = {k: v for k, v in args.preset_values.items() if k not in free}
     given = digest(args.teacher) if args.teacher else None
-    mine = {"data": args.data, "seed": args.seed, "guidance": args.guidance, "teacher": given, **settings}
+    mine = {"data": args.data, "seed": args.seed, "guidance": args.guidance, "augment": args.augment, "teacher": given, **settings}
     cli.open_out(args.out, mine, args.resume)
 
 
@@ -424,7 +425,7 @@ def main(argv: list[str]) -> None:
         "rows": rows,
         # of a resumed run: the sum of what its parts took, whenever that was
         "seconds": {"teacher": taught, "students": trained, "evaluation": round(evaluation, 1), "total": round(max(time.perf_counter() - started, parts), 1)},
-        "settings": args.preset_values | {"method": args.method, "guidance": args.guidance, "precision": args.precision},
+        "settings": args.preset_values | {"method": args.method, "guidance": args.guidance, "precision": args.precision, "augment": args.augment},
         "stages": {str(K): dataclasses.asdict(how) for K, how in stages.items()},
     }  # fmt: skip
     write(args.out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")

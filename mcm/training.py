@@ -40,7 +40,8 @@ LossFunction = Callable[[Denoiser, Tensor, Tensor, float], LossOutput]
 class Training:
     """How long and how to train. batch: images per step; accumulate: in how many parts it goes through the network. lr: Adam's peak
     learning rate, reached after warmup steps and lowered to 0 along a cosine. ema: decay of the averaged weights, which are
-    the ones saved for use. clip: largest gradient norm. precision: "fp32" or "bf16" (autocast). log_every, save_every: in steps.
+    the ones saved for use. clip: largest gradient norm. precision: "fp32" or "bf16" (autocast). augment: mirror each image left to
+    right half of the time. log_every, save_every: in steps.
     """
 
     iterations: int
@@ -51,6 +52,7 @@ class Training:
     ema: float = 0.995
     clip: float = 1.0
     precision: str = "fp32"
+    augment: bool = False
     seed: int = 0
     log_every: int = 50
     save_every: int = 500
@@ -179,9 +181,12 @@ def train(
         for part in rows.chunk(settings.accumulate):
             share = len(part) / len(rows)
             part = parallel.own(part)
+            x = to_float(data.images[part])
+            if settings.augment:
+                x = torch.where(parallel.draw(lambda n: torch.rand(n, 1, 1, 1, device=device), len(x)) < 0.5, x.flip(-1), x)
             # Without the cache: it would hand the target call's weights, cast without gradient, to the student's call.
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False):
-                output = loss_function(model, to_float(data.images[part]), data.labels[part], index / settings.iterations)
+                output = loss_function(model, x, data.labels[part], index / settings.iterations)
             (output.loss * share).backward()
             outputs.append(output)
         norm = learner.update(settings.lr_at(index), index)
@@ -330,7 +335,7 @@ def summary(done: list[Step], segments: int, step: int, name: str) -> dict:
 
 
 MOST_SKIPPED = 20  # steps in a row, before a run stops
-MUST_MATCH = ("iterations", "batch", "accumulate", "lr", "ema", "precision", "seed")
+MUST_MATCH = ("iterations", "batch", "accumulate", "lr", "ema", "precision", "augment", "seed")
 
 
 def earlier(path: Path) -> Path:
@@ -363,8 +368,8 @@ def load_state(path: Path, learners: dict[str, Learner], settings: Training) -> 
         return None
     tensors, metadata = found
     for key in MUST_MATCH:
-        if metadata[key] != getattr(settings, key):
-            raise InputError(f"{path}: saved with {key} {metadata[key]}, but now it is {getattr(settings, key)}. Give the old value, or another --out.")
+        if metadata.get(key) != getattr(settings, key):
+            raise InputError(f"{path}: saved with {key} {metadata.get(key)}, but now it is {getattr(settings, key)}. Give the old value, or another --out.")
     for name, learner in learners.items():
         try:
             learner.load({k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")})

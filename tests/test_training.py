@@ -96,6 +96,21 @@ def test_accumulation_is_the_same_gradient(tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0] > 0.1
 
 
+def test_augmentation_mirrors_half_of_the_images(tmp_path):
+    seen, known = [], {image.numpy().tobytes() for image in to_float(DATA.images)}
+
+    def loss(denoiser, x, labels, progress):
+        seen.extend((image.numpy().tobytes() in known, image.flip(-1).contiguous().numpy().tobytes() in known) for image in x)
+        return diffusion(denoiser, x, labels, progress)
+
+    for augment in (False, True):
+        seen.clear()
+        train(small(), loss, DATA, settings(augment=augment), tmp_path, "m")
+        assert all(a or b for a, b in seen)
+        share = sum(a for a, _ in seen) / len(seen)  # of images as they are in the data
+        assert share == 1 if not augment else 0.4 < share < 0.6
+
+
 def test_average_is_the_recursion(tmp_path):
     """One step: averaged = w_0 + (1 - 1/10)(w_1 - w_0), as the decay starts at (1 + 0) / (10 + 0)."""
     denoiser = small(0.0)
