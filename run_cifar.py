@@ -26,6 +26,7 @@ import mcm
 from mcm import cli, metrics, parallel, plots, recipes
 from mcm.cli import describe, digest, pick_device, recorded, write
 from mcm.data import ImageData, load_data, to_float
+from mcm.denoiser import read_safetensors, write_safetensors
 from mcm.training import Training, train
 
 # What a run is made of. Every value can be overridden by the option of the same name. student_iterations by K: fewer steps are further
@@ -95,7 +96,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     group = parser.add_argument_group("where and how")
     group.add_argument("--out", type=Path, metavar="DIR", help="results, pictures, checkpoints, log (default: runs/DATA)")
-    group.add_argument("--features", type=Path, metavar="FILE", help="cache of the feature classifier (default: beside --out, named after the data and its training steps)")
+    group.add_argument("--features", type=Path, metavar="FILE", help="cache of the feature classifier (default: beside --out, named after the data and its training steps); "
+                       "or the word inception, for FID, by default with 50,000 samples: needs requirements-fid.txt")
     group.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one, else cpu)")
     group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: networks in bfloat16 autocast, losses in float32 (default: fp32)")
     group.add_argument("--seed", type=int, default=0, help="(default: 0)")
@@ -136,6 +138,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.preset not in PRESETS[args.data]:
         raise mcm.InputError(f"no preset {args.preset!r} for {args.data}: choose {', '.join(PRESETS[args.data])}")
     args.cost, preset = PRESETS[args.data][args.preset]
+    args.inception = str(args.features) == "inception"
+    if args.inception:
+        args.features, preset = None, preset | {"samples": 50_000}
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -166,8 +171,9 @@ def check(args: argparse.Namespace) -> None:
         raise mcm.InputError("--student-iterations must be positive")
     if not 0 < args.grid[0] <= args.grid[1] or args.max_points < 2:
         raise mcm.InputError(f"--grid {args.grid[0]} {args.grid[1]} must be positive and not falling, and --max-points at least 2")
-    if args.samples < 2 * metrics.Classifier.DIM:
-        raise mcm.InputError(f"--samples {args.samples} is too few for a covariance of {metrics.Classifier.DIM} features: use at least {2 * metrics.Classifier.DIM}")
+    dim = (metrics.Inception if args.inception else metrics.Classifier).DIM
+    if args.samples < 2 * dim:
+        raise mcm.InputError(f"--samples {args.samples} is too few for a covariance of {dim} features: use at least {2 * dim}")
     if args.method == "ct" and args.guidance != 1:
         raise mcm.InputError("--guidance guides the teacher's predictions, and consistency training uses none: drop it, or use --method cd")
     for K in args.steps:
@@ -276,15 +282,27 @@ def generate(model, z: Tensor, labels: Tensor, steps: int, solver, device: torch
     return parallel.gathered(images).clamp(-1, 1).cpu(), (time.perf_counter() - started) / len(z)
 
 
-def evaluate(args, data: ImageData, teacher, students: dict[int, mcm.Denoiser], classifier, device) -> tuple[list[dict], float]:
+def real_features(args, data: ImageData, extractor) -> Tensor:
+    """Of the training images, (n, d) on the CPU. Inception's take minutes, and are kept."""
+    if not args.inception:
+        return metrics.embed(extractor, data.images)[0].cpu()
+    path = args.out.parent / f"inception-{args.data}-{data.fingerprint()}.safetensors"
+    if not path.is_file():
+        features = parallel.gathered(metrics.embed(extractor, parallel.own(data.images))[0]).cpu()
+        if parallel.first():
+            write_safetensors(path, {"features": features}, {})
+    parallel.wait()
+    return read_safetensors(path)[0]["features"]
+
+
+def evaluate(args, data: ImageData, teacher, students: dict[int, mcm.Denoiser], classifier, extractor, real: Tensor, device) -> tuple[list[dict], float]:
     """One row per model and number of steps, all from the same noise and classes -> rows, seconds. They are kept in rows.json as they are
     made, with what they were made from, so that a resumed run takes over those, and only those, that still hold."""
     n, started = args.samples, time.perf_counter()
     z = torch.randn(n, *data.image_shape, generator=torch.Generator().manual_seed(args.seed + 1_000_000))
     labels = torch.arange(n) % data.classes  # each class equally often, as class-conditional benchmarks do
-    real = metrics.embed(classifier, data.images)[0].cpu()
     teacher_file, store = args.teacher or args.out / "teacher.safetensors", args.out / "rows.json"
-    same = {"samples": n, "seed": args.seed, "guidance": args.guidance, "teacher": digest(teacher_file), "features": digest(args.features)}
+    same = {"samples": n, "seed": args.seed, "guidance": args.guidance, "teacher": digest(teacher_file), "features": "inception" if args.inception else digest(args.features)}
     saved = json.loads(store.read_text()) if args.resume and store.is_file() else {}
     rows, before = (saved["rows"], saved["seconds"]) if saved.get("of") == same else ({}, 0.0)
     for key in list(rows):
@@ -305,7 +323,8 @@ def evaluate(args, data: ImageData, teacher, students: dict[int, mcm.Denoiser], 
         if (name, steps) != ("teacher", 64):
             model = guide(teacher, args, data) if is_teacher else students[steps]
             images, seconds = generate(model, z, labels, steps, solver, device, f"{name}, {steps} steps", args.precision)
-        features, predicted = metrics.embed(classifier, images.to(device))
+        own = parallel.own(images).to(device)
+        features, predicted = (parallel.gathered(a) for a in (metrics.embed(extractor, own)[0], metrics.embed(classifier, own)[1]))
         precision, recall = metrics.precision_recall(real, features.cpu())
         row = {
             "model": "teacher" if is_teacher else "student", **({} if is_teacher else {"recipe": f"mcm-{args.method}"}),
@@ -341,9 +360,9 @@ def table(results: dict) -> str:
     metric, floor = results["metric"], results["reference_floor"]
     lines = [
         f"{results['data']}, seed {results['seed']}: Fréchet distance in the {metric['dim']} features of {metric['features']}, {metric['n_generated']:,} samples",
-        f"against the {metric['n_reference']:,} training images (not FID). Two halves of the real data, {floor['n']:,} images each: {floor['frechet']:.3f}.",
+        f"against the {metric['n_reference']:,} training images{'' if metric['name'] == 'fid' else ' (not FID)'}. Two halves of the real data, {floor['n']:,} images each: {floor['frechet']:.3f}.",
         "",
-        "| model | sampler | steps | NFE | Fréchet | precision | recall | RMSE to teacher | class accuracy | s/image |",
+        f"| model | sampler | steps | NFE | {'FID' if metric['name'] == 'fid' else 'Fréchet'} | precision | recall | RMSE to teacher | class accuracy | s/image |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     digits = {"frechet": 3, "precision": 3, "recall": 3, "rmse_to_teacher": 3, "class_accuracy": 3, "seconds_per_image": 5}
@@ -395,6 +414,7 @@ def main(argv: list[str]) -> None:
     given = load_teacher(args.teacher, args, data, device) if args.teacher else None
     if parallel.first():
         open_out(args)
+    inception = parallel.in_turn(lambda: metrics.Inception().to(device)) if args.inception else None  # before hours are spent, not after
     classifier, accuracy = parallel.in_turn(lambda: metrics.train_classifier(data, args.classifier_iterations, args.features))
     print(f"{len(data.images):,} training images, {len(data.held_images):,} held out; the feature classifier is right on {accuracy:.1%} of those")
 
@@ -405,11 +425,12 @@ def main(argv: list[str]) -> None:
         print(f"K = {K}: a grid of {' to '.join(str(how.points_per_segment(p) * K) for p in (0, 1))} points, {how.distance} distance, teacher step {'aDDIM' if how.x_var else 'DDIM'}")
     students = {K: train_student(args, K, n, teacher, data) for K, n in zip(args.steps, args.student_iterations)}
 
-    rows, evaluation = evaluate(args, data, teacher, students, classifier, device)
+    extractor = inception or classifier
+    real = real_features(args, data, extractor)
+    rows, evaluation = evaluate(args, data, teacher, students, classifier, extractor, real, device)
     if not parallel.first():
         return parallel.stop()
     draw_samples(args, data, teacher, students, device)
-    real = metrics.embed(classifier, data.images)[0].cpu()
     order, half = torch.randperm(len(real), generator=torch.Generator().manual_seed(0)), len(real) // 2
     trained = {str(K): s.metadata["seconds"] for K, s in students.items()}
     taught = None if given else teacher.metadata["seconds"]
@@ -418,7 +439,7 @@ def main(argv: list[str]) -> None:
         "data": args.data, "seed": args.seed, "device": str(device), "hardware": describe(device), "command": recorded("run_cifar.py", argv),
         "versions": {"mcm": mcm.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "metric": {
-            "name": "frechet", "features": f"a classifier trained on {args.data}", "dim": classifier.DIM, "n_generated": args.samples, "n_reference": len(real),
+            "name": "fid" if args.inception else "frechet", "features": "Inception-v3" if args.inception else f"a classifier trained on {args.data}", "dim": extractor.DIM, "n_generated": args.samples, "n_reference": len(real),
             "reference": "train", "classifier_accuracy": accuracy,
         },
         "reference_floor": {"frechet": metrics.frechet(real[order[:half]], real[order[half : 2 * half]]), "n": half},

@@ -1,8 +1,10 @@
 """How good are the samples: Frechet distance, precision and recall, in the features of a small classifier trained on the spot.
 
-These are not FID: that name belongs to Inception-v3 features and 50,000 samples. Every number comes with its feature space.
+These are not FID: that name belongs to the features of Inception-v3, which can be had too. Every number comes with its feature space.
 """
 
+import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,14 +100,14 @@ class Classifier(nn.Module):
         return self.head(F.relu(self.body(x)))
 
 
-def embed(classifier: Classifier, images: Tensor, chunk: int = 1000) -> tuple[Tensor, Tensor]:
-    """images (uint8, or float in [-1, 1]) -> features (n, 64), predicted classes (n,)."""
+def embed(extractor: "Classifier | Inception", images: Tensor, chunk: int = 1000) -> tuple[Tensor, Tensor | None]:
+    """images (uint8, or float in [-1, 1]) -> features (n, extractor.DIM), predicted classes (n,), which Inception has none of."""
     features = []
     with torch.no_grad():
         for part in images.split(chunk):
-            features.append(classifier.features(to_float(part) if part.dtype == torch.uint8 else part))
+            features.append(extractor.features(to_float(part) if part.dtype == torch.uint8 else part))
         features = torch.cat(features)
-        return features, classifier.head(F.relu(features)).argmax(1)
+        return features, extractor.head(F.relu(features)).argmax(1) if extractor.head else None
 
 
 def train_classifier(data: ImageData, iterations: int, path: Path, batch: int = 128) -> tuple[Classifier, float]:
@@ -141,3 +143,38 @@ def train_classifier(data: ImageData, iterations: int, path: Path, batch: int = 
         write_safetensors(path, classifier.state_dict(), wanted)
     classifier.eval().requires_grad_(False)
     return classifier, (embed(classifier, data.held_images)[1] == data.held_labels).double().mean().item()
+
+
+class Inception(nn.Module):
+    """The network and the resizing that FID is defined with (arXiv 1706.08500), from torch-fidelity: images as 8-bit RGB, 2048 features.
+
+    Its weights are looked for where PyTorch keeps downloads, and fetched there once. Raises InputError, naming file and place, if they
+    are not to be had, and without torch-fidelity.
+    """
+
+    DIM, head = 2048, None
+
+    def __init__(self):
+        super().__init__()
+        try:
+            from torch_fidelity import feature_extractor_inceptionv3 as port
+        except ImportError:
+            raise InputError("FID needs torch-fidelity: pip install -r requirements-fid.txt") from None
+        path = Path(torch.hub.get_dir()) / "checkpoints" / port.URL_INCEPTION_V3.rsplit("/", 1)[1]
+        if not path.is_file():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(port.URL_INCEPTION_V3, path, hash_prefix="6726825d")
+            except (OSError, RuntimeError) as error:
+                raise InputError(f"FID needs the weights of Inception-v3, which could not be fetched ({error}). Put {port.URL_INCEPTION_V3} into {path.parent}") from None
+        with io.BytesIO() as safe:  # read as tensors only, before torch-fidelity reads it as anything
+            try:
+                torch.save(torch.load(path, weights_only=True, map_location="cpu"), safe)
+            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                raise InputError(f"{path} is not the weights of Inception-v3 ({str(error).splitlines()[0]}): delete it") from None
+            safe.seek(0)
+            self.network = port.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=safe)
+
+    def features(self, x: Tensor) -> Tensor:
+        pixels = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return torch.cat([self.network(part)[0] for part in pixels.expand(-1, 3, -1, -1).split(100)])

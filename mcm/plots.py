@@ -56,8 +56,8 @@ def quality_vs_steps(results: dict, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.set_xlabel("network evaluations per image")
-    axes.set_ylabel("Fréchet distance (lower is better)")
     metric = results["metric"]
+    axes.set_ylabel(f"{'FID' if metric['name'] == 'fid' else 'Fréchet distance'} (lower is better)")
     title = f"{metric['n_generated']:,} samples against {metric['n_reference']:,} {metric['reference']} images, features: {metric['features']}"
     axes.set_title(textwrap.fill(title, 85), fontsize=9)
     axes.grid(alpha=0.3, which="both")

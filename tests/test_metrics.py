@@ -1,10 +1,13 @@
+from urllib.error import URLError
+
 import numpy as np
 import pytest
 import torch
+from torch_fidelity import feature_extractor_inceptionv3 as port
 
 import mcm
 from mcm import metrics
-from mcm.data import digits
+from mcm.data import digits, to_float
 
 
 def test_frechet_equals_the_closed_form():
@@ -80,3 +83,48 @@ def test_frechet_sees_what_it_should(tmp_path):
     held = data.held_images.float() / 127.5 - 1
     distances = [metrics.frechet(real, metrics.embed(classifier, held + s * torch.randn_like(held))[0]) for s in (0, 0.3, 0.6, 2)]
     assert distances == sorted(distances) and distances[1] > 1.2 * distances[0]
+
+
+@pytest.fixture
+def downloads(tmp_path, monkeypatch):
+    """PyTorch's folder for downloads, empty, and no network."""
+
+    def offline(url, path, hash_prefix):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints" / port.URL_INCEPTION_V3.rsplit("/", 1)[1]
+
+
+def test_inception_without_weights_says_what_to_fetch(downloads):
+    with pytest.raises(mcm.InputError, match=f"no network.*Put https.*{downloads.name} into .*checkpoints"):
+        metrics.Inception()
+
+
+def test_inception_weights_that_would_run_code_are_refused(downloads, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (tmp_path / "exploded").touch, ()
+
+    torch.save({"fc.weight": Bomb()}, downloads)
+    with pytest.raises(mcm.InputError, match="is not the weights of Inception-v3"):
+        metrics.Inception()
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_inception_features(downloads, monkeypatch):
+    """With random weights: what goes in is 8-bit RGB, and what comes out is the 2048 features of the port, of grey images too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(port, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(port.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = port.FeatureExtractorInceptionV3("x", ["2048"])
+    torch.save(network.state_dict(), downloads)
+    inception, images = metrics.Inception(), torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    features, classes = metrics.embed(inception, images)
+    assert features.shape == (3, metrics.Inception.DIM) and classes is None and features.std() > 0
+    torch.testing.assert_close(features, network(images)[0])
+    torch.testing.assert_close(metrics.embed(inception, to_float(images) + 0.001)[0], features)  # rounded to 8 bits
+    grey = images[:, :1]
+    torch.testing.assert_close(metrics.embed(inception, grey)[0], network(grey.repeat(1, 3, 1, 1))[0])

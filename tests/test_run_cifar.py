@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import mcm
 from mcm import cli
+from mcm.data import load_data, to_float
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = "--data digits --channels 16 --teacher-iterations 6 --student-iterations 4 --samples 128 --classifier-iterations 20 --batch 32 --save-every 3"
@@ -114,6 +115,31 @@ def copied(quick, tmp_path):
     for cache in quick.parent.glob("features-*"):
         shutil.copy(cache, tmp_path)
     return out
+
+
+def test_fid_is_named_only_with_inception(tmp_path, monkeypatch, capsys):
+    """With a stand-in for the network, which has 100 MB of weights: its name, its default of 50,000 samples, its cache of the real features."""
+    calls = []
+
+    class Inception(torch.nn.Module):
+        DIM, head = 64, None
+
+        def features(self, x):
+            calls.append(len(x))
+            return x.flatten(1)
+
+    monkeypatch.setattr(run_cifar.metrics, "Inception", Inception)
+    assert run_cifar.parse(["--data", "digits", "--features", "inception"]).samples == 50_000
+    arguments = [*QUICK.split(), "--features", "inception", "--steps", "2", "--out", str(tmp_path / "run")]
+    assert run_cifar.run(arguments) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["metric"]["name"] == "fid" and "| FID |" in (tmp_path / "run" / "results.md").read_text()
+    data = load_data("digits")
+    kept = load_file(next(tmp_path.glob("inception-digits-*.safetensors")))["features"]
+    torch.testing.assert_close(kept, to_float(data.images).flatten(1))
+    assert calls.count(1000) == 1  # the 1,500 training images went through once
+    assert run_cifar.run([*arguments, "--resume"]) == 0 and calls.count(1000) == 1
+    assert "FID" not in (run_cifar.table(results | {"metric": results["metric"] | {"name": "frechet"}})).replace("not FID", "")
 
 
 def test_resume_repeats_nothing_and_adds_what_is_new(quick, tmp_path):
