@@ -52,7 +52,7 @@ PRESETS = {
     "cifar10": {
         "default": ("about a day on one recent GPU (not yet measured)", BASE | dict(channels=128, blocks=3, dropout=0.1)),
         "small": (
-            "1.7 M parameters; about 2 hours on 2 CPU cores",
+            "1.2 M parameters; about 2 hours on 2 CPU cores",
             BASE | dict(channels=32, teacher_iterations=4000, student_iterations={1: 1200, 2: 900, 4: 700}, batch=64, lr=5e-4, student_lr=3e-4, ema=0.998,
                         student_ema=0.995, grid=[8, 64], c=1e-3, samples=1000, classifier_iterations=1500),
         ),

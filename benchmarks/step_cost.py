@@ -2,7 +2,7 @@
 """What a consistency step costs beside a teacher's training step of the same network and batch.
 
     python benchmarks/step_cost.py                  the digits network, CPU
-    python benchmarks/step_cost.py --size 32        a 1.7 M-parameter network on 32x32 images
+    python benchmarks/step_cost.py --size 32        a 1.2 M-parameter network on 32x32 images
 
 By counting network passes (a backward pass costs two forward ones): teacher 3, consistency training 4, distillation 5,
 so 4/3 and 5/3. A step here is the loss, its gradient and the optimiser. The three are timed in turn, many times over, and
