@@ -150,14 +150,20 @@ FORMAT = "mcm-1"
 SCHEDULES = {"cosine": CosineSchedule, "discrete": DiscreteSchedule}
 
 
-def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict) -> None:
-    """Write tensors and JSON-able metadata so that a crash half-way leaves the previous file intact. Raises InputError if they cannot be
-    written, for want of room or of rights."""
+def partial_of(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict, earlier: Path | None = None) -> None:
+    """Write tensors and JSON-able metadata so that a crash half-way leaves the previous file intact, which is kept as `earlier`, if given.
+    Raises InputError if they cannot be written, for want of room or of rights."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     try:
         save_file(tensors, partial, {"format": FORMAT, "mcm": json.dumps(metadata)})
+        if earlier and path.is_file():
+            os.replace(path, earlier)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)

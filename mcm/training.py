@@ -8,7 +8,6 @@ import contextlib
 import copy
 import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -29,7 +28,7 @@ from tqdm import tqdm
 from . import parallel
 from .cli import write
 from .data import ImageData, to_float
-from .denoiser import Denoiser, read_safetensors, save, write_safetensors
+from .denoiser import Denoiser, partial_of, read_safetensors, save, write_safetensors
 from .errors import InputError
 from .losses import LossOutput
 
@@ -344,14 +343,14 @@ def earlier(path: Path) -> Path:
 
 def save_state(path: Path, learners: dict[str, Learner], settings: Training, step: int, elapsed: float) -> None:
     tensors = {f"{name}/{key}": value for name, learner in learners.items() for key, value in learner.state().items()}
-    if path.is_file():
-        os.replace(path, earlier(path))
-    write_safetensors(path, tensors, {"step": step, "elapsed": elapsed, **{key: getattr(settings, key) for key in MUST_MATCH}})
+    write_safetensors(path, tensors, {"step": step, "elapsed": elapsed, **{key: getattr(settings, key) for key in MUST_MATCH}}, earlier(path))
 
 
 def load_state(path: Path, learners: dict[str, Learner], settings: Training) -> tuple[int, float] | None:
     """Put everything back; -> the step to go on from, the seconds spent so far; None if nothing was saved. Where the newest file is
     damaged, the one before serves. Raises InputError if both are, or if the file belongs to a run with other settings."""
+    if not path.is_file() and not partial_of(path).is_file():  # a kill between the two renamings of a save would leave a partial one
+        return None
     found, damage = None, None
     for candidate in (path, earlier(path)):
         try:

@@ -171,8 +171,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, dama
     reference = train(small(), diffusion, DATA, settings(), tmp_path / "whole", "m")
     train(small(), diffusion, DATA, settings(), tmp_path, "m")
     state = tmp_path / "m.state.safetensors"
-    if damage == "missing":  # as a kill between two renamings leaves it
-        state.unlink()
+    if damage == "missing":  # as a kill between the two renamings of a save leaves it
+        state.rename(tmp_path / "m.state.safetensors.partial")
     else:
         state.write_bytes(state.read_bytes()[:10_000] if damage == "truncated" else b"x" * 10_000)
     seen = []
@@ -185,7 +185,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, dama
     assert len(seen) == 4 and all(torch.equal(a, b) for a, b in zip(resumed.parameters(), reference.parameters()))
     said = capsys.readouterr().err
     assert damage == "missing" or "m.state.safetensors: not a readable checkpoint" in said and "Going on from the checkpoint before it, step 8" in said
-    for file in (state, tmp_path / "m.state.previous.safetensors"):
+    previous = tmp_path / "m.state.previous.safetensors"
+    assert previous.is_file()
+    state.unlink()  # as one does to begin anew
+    assert mcm.training.load_state(state, {}, settings()) is None
+    for file in (state, previous):
         file.write_bytes(b"x")
     with pytest.raises(mcm.InputError, match="not a readable checkpoint"):
         train(small(), diffusion, DATA, settings(), tmp_path, "m", resume=True)
