@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,7 +41,7 @@ class Training:
     """How long and how to train. batch: images per step; accumulate: in how many parts it goes through the network. lr: Adam's peak
     learning rate, reached after warmup steps and lowered to 0 along a cosine. ema: decay of the averaged weights, which are
     the ones saved for use. clip: largest gradient norm. precision: "fp32" or "bf16" (autocast). augment: mirror each image left to
-    right half of the time. log_every, save_every: in steps.
+    right half of the time. compile: torch.compile the training steps. log_every, save_every: in steps.
     """
 
     iterations: int
@@ -52,6 +53,7 @@ class Training:
     clip: float = 1.0
     precision: str = "fp32"
     augment: bool = False
+    compile: bool = False
     seed: int = 0
     log_every: int = 50
     save_every: int = 500
@@ -170,9 +172,12 @@ def train(
     denoiser.requires_grad_(True).train()
     averaged = copy.deepcopy(denoiser).requires_grad_(False).eval()
     learner = Learner(dict(denoiser.named_parameters()), settings.clip, [(dict(averaged.named_parameters()), settings.ema_at)])
-    model, processes = denoiser, parallel.place()[1]
+    network, processes = denoiser.network, parallel.place()[1]
+    if settings.compile:
+        network = torch.compile(network)
     if processes > 1:  # averages the gradients of the processes in every backward pass
-        model = Denoiser(DistributedDataParallel(denoiser.network, broadcast_buffers=False), denoiser.schedule, denoiser.prediction, denoiser.student_steps)
+        network = DistributedDataParallel(network, broadcast_buffers=False)
+    model = denoiser if network is denoiser.network else Denoiser(network, denoiser.schedule, denoiser.prediction, denoiser.student_steps)
 
     def step(index: int) -> Step:
         rows = batch_indices(len(data.images), settings.batch, index, settings.seed).to(device)
@@ -185,7 +190,11 @@ def train(
                 x = torch.where(parallel.draw(lambda n: torch.rand(n, 1, 1, 1, device=device), len(x)) < 0.5, x.flip(-1), x)
             # Without the cache: it would hand the target call's weights, cast without gradient, to the student's call.
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False):
-                output = loss_function(model, x, data.labels[part], index / settings.iterations)
+                try:
+                    output = loss_function(model, x, data.labels[part], index / settings.iterations)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    reason = str(error).splitlines()[0]
+                    raise InputError(f"the network cannot be compiled here ({reason}): leave out --compile, or install a C++ compiler (CPU) or Triton (GPU)") from None
             (output.loss * share).backward()
             outputs.append(output)
         norm = learner.update(settings.lr_at(index), index)
@@ -240,8 +249,8 @@ def loop(
     parallel.wait()  # none may write before all have read
 
     steps = tqdm(range(first, settings.iterations), name, initial=first, total=settings.iterations, unit="it")
-    done, started, processes = [], time.perf_counter(), parallel.place()[1]
-    with deferred_interrupt() as interrupted:
+    done, started, processes, writing, stop = [], time.perf_counter(), parallel.place()[1], None, False
+    with deferred_interrupt() as interrupted, ThreadPoolExecutor(1) as writer:  # the next steps do not wait for the disk
         for index in steps:
             torch.manual_seed(mixed(settings.seed, index))
             done.append(step(index))
@@ -269,11 +278,18 @@ def loop(
                         log.write(json.dumps(line) + "\n")
                 done = []
             if saving:
+                if writing:
+                    writing.result()  # raises what went wrong there
                 if parallel.first():
-                    save_state(state_file, learners, settings, index + 1, elapsed)
+                    tensors = {f"{n}/{key}": value.detach().to("cpu", copy=True) for n, learner in learners.items() for key, value in learner.state().items()}
+                    writing = writer.submit(save_state, state_file, tensors, settings, index + 1, elapsed)
                 saved(index + 1, elapsed, True)
             if stop:
-                raise KeyboardInterrupt
+                break
+        if writing:
+            writing.result()
+        if stop:
+            raise KeyboardInterrupt
     parallel.wait()  # what comes next may read the files
 
 
@@ -341,8 +357,7 @@ def earlier(path: Path) -> Path:
     return path.with_name(path.name.replace(".state.", ".state.previous."))
 
 
-def save_state(path: Path, learners: dict[str, Learner], settings: Training, step: int, elapsed: float) -> None:
-    tensors = {f"{name}/{key}": value for name, learner in learners.items() for key, value in learner.state().items()}
+def save_state(path: Path, tensors: dict[str, Tensor], settings: Training, step: int, elapsed: float) -> None:
     write_safetensors(path, tensors, {"step": step, "elapsed": elapsed, **{key: getattr(settings, key) for key in MUST_MATCH}}, earlier(path))
 
 

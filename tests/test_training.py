@@ -1,7 +1,9 @@
 import copy
 import json
 import resource
+import shutil
 import signal
+import threading
 
 import pytest
 import torch
@@ -111,6 +113,53 @@ def test_augmentation_mirrors_half_of_the_images(tmp_path):
         assert share == 1 if not augment else 0.4 < share < 0.6
 
 
+def test_the_next_steps_do_not_wait_for_the_disk(tmp_path, monkeypatch):
+    """The state after step 4 is on its way to a slow disk while step 5 runs; what arrives is the state after step 4."""
+    whole, slow = tmp_path / "whole", tmp_path / "slow"
+    whole.mkdir(), slow.mkdir()
+    train(small(), diffusion, DATA, settings(iterations=12, save_every=4), whole, "m")
+    written, real = [], mcm.training.write_safetensors
+
+    def slowly(path, *rest):
+        if path.name == "m.state.safetensors":
+            assert len(seen) == 12 or passed.wait(60)
+            written.append(rest[1]["step"])
+        real(path, *rest)
+
+    seen, passed = [], threading.Event()
+
+    def loss(denoiser, x, labels, progress):
+        seen.append(progress)
+        if len(seen) == 6:
+            assert written == []
+            passed.set()
+        return diffusion(denoiser, x, labels, progress)
+
+    monkeypatch.setattr(mcm.training, "write_safetensors", slowly)
+    train(small(), loss, DATA, settings(iterations=12, save_every=4), slow, "m")
+    assert written == [4, 8, 12]
+    for name in ("m.state.safetensors", "m.state.previous.safetensors"):
+        first, second = (load_file(folder / name) for folder in (whole, slow))
+        assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_steps_are_the_same_steps(tmp_path):
+    """To rounding; and what is saved loads as ever."""
+    plain, compiled = (train(small(0.0), diffusion, DATA, settings(iterations=4, compile=c), tmp_path, f"m{c}") for c in (False, True))
+    for a, b in zip(plain.parameters(), compiled.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert mcm.load(tmp_path / "mTrue.safetensors").metadata["step"] == 4
+
+
+def test_compiling_without_a_compiler_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(mcm.InputError, match="cannot be compiled here .*leave out --compile"):
+        train(small(0.0), diffusion, DATA, settings(iterations=1, compile=True, batch=8), tmp_path, "m")
+
+
 def test_average_is_the_recursion(tmp_path):
     """One step: averaged = w_0 + (1 - 1/10)(w_1 - w_0), as the decay starts at (1 + 0) / (10 + 0)."""
     denoiser = small(0.0)
@@ -207,7 +256,7 @@ def test_a_full_disk_is_explained_and_nothing_saved_is_lost(tmp_path):
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(mcm.InputError, match=r"m.state.safetensors could not be written .*make room, and go on with --resume"):
+        with pytest.raises(mcm.InputError, match=r"m(.state)?.safetensors could not be written .*make room, and go on with --resume"):
             train(small(0.0), at_step_six, DATA, settings(iterations=8), tmp_path, "m")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
