@@ -215,7 +215,6 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     Raises InputError if the file is missing, truncated, a pickle, not ours, or does not fit the network its header describes, which is
     looked at before memory is taken.
     """
-
     metadata, shapes = read_header(path)
     if "network" not in metadata:
         raise InputError(f"{path}: a file of ours, but not a model: training state and feature classifiers cannot be sampled")

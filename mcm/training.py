@@ -245,6 +245,8 @@ def loop(
         first, elapsed = found
         saved(first, elapsed, False)  # a kill may have come between the two files
     if parallel.first():
+        if not first:
+            earlier(state_file).unlink(missing_ok=True)  # of a run that is begun anew
         forget_log(out / "log.jsonl", name, first)
     parallel.wait()  # none may write before all have read
 
