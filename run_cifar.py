@@ -2,7 +2,8 @@
 """Pixels, from top to bottom: train a diffusion teacher, turn it into K-step students, measure both, draw pictures.
 
     python run_cifar.py --data digits                       minutes on a laptop, no download
-    python run_cifar.py                                     CIFAR-10, class-conditional
+    python run_cifar.py                                     CIFAR-10, class-conditional, on a GPU
+    python run_cifar.py --preset tiny                       CIFAR-10 at 16x16, on a CPU
     python run_cifar.py --data folder --data-dir PICTURES   your own images
     torchrun --nproc_per_node=2 run_cifar.py                the same on two GPUs
     python run_cifar.py --sample runs/digits/cd-4.safetensors --n 64
@@ -32,7 +33,7 @@ from mcm.training import Training, train
 # What a run is made of. Every value can be overridden by the option of the same name. student_iterations by K: fewer steps are further
 # from the teacher and take longer to learn; a K that is not named takes the next smaller one's.
 BASE = dict(
-    image_size=32, channels=64, multipliers=[1, 2, 2], blocks=2, attention=[16], dropout=0.0, label_dropout=0.1,
+    image_size=32, channels=64, multipliers=[1, 2, 2], blocks=2, attention=[16], dropout=0.0, label_dropout=0.1, noise_scale=[1, 1],
     teacher_iterations=100_000, student_iterations={1: 50_000}, batch=128, lr=2e-4, student_lr=1e-4, ema=0.9999, student_ema=0.999,
     grid=[64, 640], max_points=1280, distance="auto", weight="v", c=1e-4, x_var="auto", samples=10_000, classifier_iterations=5000,
 )  # fmt: skip
@@ -50,15 +51,19 @@ PRESETS = {
         ),
     },
     "cifar10": {
-        "default": ("about a day on one recent GPU (not yet measured)", BASE | dict(channels=128, blocks=3, dropout=0.1)),
         "small": (
-            "1.2 M parameters; about 2 hours on 2 CPU cores",
-            BASE | dict(channels=32, teacher_iterations=4000, student_iterations={1: 1200, 2: 900, 4: 700}, batch=64, lr=5e-4, student_lr=3e-4, ema=0.998,
-                        student_ema=0.995, grid=[8, 64], c=1e-3, samples=1000, classifier_iterations=1500),
+            "3.8 M parameters, for one GPU (not yet measured)",
+            BASE | dict(channels=48, multipliers=[1, 2, 4], blocks=1, attention=[16, 8], teacher_iterations=50_000, student_iterations={1: 25_000, 2: 20_000}, lr=5e-4, student_lr=2e-4),
+        ),
+        "base": ("35.5 M parameters, for one GPU (not yet measured)", BASE | dict(channels=144, blocks=3, dropout=0.1)),
+        "tiny": (
+            "1.5 M parameters, images averaged down to 16x16; about TODO on 2 CPU cores",
+            BASE | dict(image_size=16, channels=32, multipliers=[1, 2, 4], blocks=1, attention=[8], teacher_iterations=4000, student_iterations={1: 1200, 2: 900, 4: 700},
+                        batch=64, lr=1e-3, student_lr=5e-4, ema=0.998, student_ema=0.995, grid=[8, 64], c=1e-3, samples=1000, classifier_iterations=1500),
         ),
     },
     "imagenet64": {
-        "default": ("several days on one recent GPU (not yet measured)", BASE | dict(image_size=64, channels=128, multipliers=[1, 2, 2, 3], attention=[16, 8])),
+        "base": ("65.2 M parameters, for one GPU (not yet measured)", BASE | dict(image_size=64, channels=128, multipliers=[1, 2, 3, 4], attention=[16, 8], dropout=0.1, noise_scale=[0.5, 1])),
     },
     "folder": {
         "default": ("depends on the image size; see the bars", BASE | dict(image_size=64, channels=64, multipliers=[1, 2, 2, 3], attention=[16, 8])),
@@ -86,8 +91,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group = parser.add_argument_group("what to run")
     group.add_argument("--data", default="cifar10", help="digits, cifar10, imagenet64 or folder (default: cifar10)")
     group.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where the data is, or is downloaded to (default: data)")
-    group.add_argument("--preset", default="default", help="network and run length, listed below (default: default)")
+    group.add_argument("--preset", help="network and run length, listed below (default: the first of the data's)")
     group.add_argument("--method", choices=["cd", "ct"], default="cd", help="cd: distil the teacher; ct: consistency training from the images, starting from the teacher's weights (default: cd)")
+    group.add_argument("--init", choices=["teacher", "random"], default="teacher", help="where the students' weights start: at the teacher's (default, as in the paper), or where the teacher began")
     group.add_argument("--steps", type=int, nargs="+", metavar="K", help="one student for each number of sampling steps (default: 1 2 4 8)")
     group.add_argument("--teacher", type=Path, metavar="CHECKPOINT", help="use this teacher instead of training one")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out: what is finished is not repeated")
@@ -99,18 +105,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--features", type=Path, metavar="FILE", help="cache of the feature classifier (default: beside --out, named after the data and its training steps); "
                        "or the word inception, for FID, by default with 50,000 samples: needs requirements-fid.txt")
     group.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one, else cpu)")
-    group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: networks in bfloat16 autocast, losses in float32 (default: fp32)")
+    group.add_argument("--precision", choices=["fp32", "bf16"], help="bf16: networks in bfloat16 autocast, losses in float32 (default: bf16 on a GPU that has it, else fp32)")
     group.add_argument("--seed", type=int, default=0, help="(default: 0)")
     group.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="training steps between checkpoints (default: 500)")
 
     group = parser.add_argument_group("preset values")
-    group.add_argument("--image-size", type=int, metavar="PIXELS", help="images of a folder are resized and cropped to this")
+    group.add_argument("--image-size", type=int, metavar="PIXELS", help="a folder's images are resized and cropped to this, the others' averaged down to it")
     group.add_argument("--channels", type=int, help="width of the UNet's first level")
     group.add_argument("--multipliers", type=int, nargs="+", help="width of each level over --channels; one level per halving of the image")
     group.add_argument("--blocks", type=int, help="residual blocks per level, down and up")
     group.add_argument("--attention", type=int, nargs="*", metavar="PIXELS", help="resolutions with attention")
     group.add_argument("--dropout", type=float, help="dropout in the residual blocks, in [0, 1)")
     group.add_argument("--label-dropout", type=float, help="how often the teacher trains without the class, in [0, 1]; guidance needs it")
+    group.add_argument("--noise-scale", type=float, nargs=2, metavar=("CLEAN", "NOISY"), help="at t = 0 and at t = 1 the cosine schedule has the noise that suits images this many times the size (interpolated cosine; paper, ImageNet 64: 0.5 1)")
     group.add_argument("--teacher-iterations", type=int, metavar="STEPS", help="teacher training steps")
     group.add_argument("--student-iterations", type=int, nargs="+", metavar="STEPS", help="student training steps: one number, or one for each of --steps")
     group.add_argument("--batch", type=int, help="images per training step")
@@ -136,6 +143,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     if args.data not in PRESETS:
         raise mcm.InputError(f"unknown data set {args.data!r}: choose {', '.join(PRESETS)}")
+    args.preset = args.preset or next(iter(PRESETS[args.data]))
     if args.preset not in PRESETS[args.data]:
         raise mcm.InputError(f"no preset {args.preset!r} for {args.data}: choose {', '.join(PRESETS[args.data])}")
     args.cost, preset = PRESETS[args.data][args.preset]
@@ -168,6 +176,8 @@ def check(args: argparse.Namespace) -> None:
     for name, low, below in (("label_dropout", 0, 1), ("ema", 0, 1), ("student_ema", 0, 1), ("seed", 0, 2**31)):
         if not low <= getattr(args, name) < below:
             raise mcm.InputError(f"--{name.replace('_', '-')} must be at least {low} and below {below}, not {getattr(args, name)}")
+    if min(args.noise_scale) <= 0:
+        raise mcm.InputError(f"--noise-scale {args.noise_scale[0]} {args.noise_scale[1]} must be positive")
     if min(args.student_iterations) <= 0:
         raise mcm.InputError("--student-iterations must be positive")
     if not 0 < args.grid[0] <= args.grid[1] or args.max_points < 2:
@@ -223,7 +233,8 @@ def train_teacher(args: argparse.Namespace, data: ImageData, device: torch.devic
         return load_teacher(args.out / "teacher.safetensors", args, data, device)
     torch.manual_seed(args.seed)
     network = mcm.UNet(args.image_size, data.image_shape[0], args.channels, tuple(args.multipliers), args.blocks, tuple(args.attention), data.classes, args.dropout)  # fmt: skip
-    teacher = mcm.Denoiser(network, mcm.CosineSchedule()).to(device)
+    schedule = mcm.CosineSchedule.interpolated(args.image_size, *(scale * args.image_size for scale in args.noise_scale))
+    teacher = mcm.Denoiser(network, schedule).to(device)
 
     def loss(denoiser: mcm.Denoiser, x: Tensor, labels: Tensor, progress: float) -> mcm.LossOutput:
         dropped = parallel.draw(lambda n: torch.rand(n, device=device), len(labels)) < args.label_dropout
@@ -239,8 +250,10 @@ def train_student(args: argparse.Namespace, K: int, iterations: int, teacher: mc
     path = args.out / f"{name}.safetensors"
     if args.resume and finished(path, iterations):
         return mcm.load(path, device)
+    torch.manual_seed(args.seed)
     network = mcm.UNet(**teacher.network.arguments | {"dropout": args.dropout}).to(device)
-    network.load_state_dict(teacher.network.state_dict())
+    if args.init == "teacher":
+        network.load_state_dict(teacher.network.state_dict())
     student = mcm.Denoiser(network, teacher.schedule, teacher.prediction, student_steps=K)
     how, source = stage(args, K), guide(teacher, args, data) if args.method == "cd" else None
 
@@ -380,13 +393,14 @@ def open_out(args: argparse.Namespace) -> None:
     free = ("student_iterations", "samples", "classifier_iterations")  # these are checked where they matter
     settings = {k: v for k, v in args.preset_values.items() if k not in free}
     given = digest(args.teacher) if args.teacher else None
-    mine = {"data": args.data, "seed": args.seed, "guidance": args.guidance, "augment": args.augment, "teacher": given, **settings}
+    mine = {"data": args.data, "seed": args.seed, "guidance": args.guidance, "augment": args.augment, "init": args.init, "teacher": given, **settings}
     cli.open_out(args.out, mine, args.resume)
 
 
 def draw_only(args: argparse.Namespace) -> None:
     """--sample: a grid of images from any checkpoint."""
     device = pick_device(args.device)
+    args.precision = cli.pick_precision(args.precision, device)
     denoiser = mcm.load(args.sample, device)
     steps = args.steps_given[0] if args.steps_given else denoiser.student_steps or 64
     shape = denoiser.network.arguments
@@ -406,11 +420,10 @@ def main(argv: list[str]) -> None:
     if args.sample:
         return draw_only(args)
     device = pick_device(parallel.start(args.device))
+    args.precision = cli.pick_precision(args.precision, device)
     print(f"{args.data}, preset {args.preset}: {args.cost}")
     print("  " + ", ".join(f"{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in args.preset_values.items()))
     data = parallel.in_turn(lambda: load_data(args.data, args.data_dir, args.image_size)).to(device)
-    if data.image_shape[1] != args.image_size:
-        raise mcm.InputError(f"--image-size {args.image_size} is for folders: {args.data} has images of {data.image_shape[1]} pixels")
     args.features = args.features or args.out.parent / f"features-{args.data}-{data.fingerprint()}-{args.classifier_iterations}.safetensors"
     given = load_teacher(args.teacher, args, data, device) if args.teacher else None
     if parallel.first():
@@ -447,7 +460,7 @@ def main(argv: list[str]) -> None:
         "rows": rows,
         # of a resumed run: the sum of what its parts took, whenever that was
         "seconds": {"teacher": taught, "students": trained, "evaluation": round(evaluation, 1), "total": round(max(time.perf_counter() - started, parts), 1)},
-        "settings": args.preset_values | {"method": args.method, "guidance": args.guidance, "precision": args.precision, "augment": args.augment},
+        "settings": args.preset_values | {"method": args.method, "guidance": args.guidance, "precision": args.precision, "augment": args.augment, "init": args.init},
         "stages": {str(K): dataclasses.asdict(how) for K, how in stages.items()},
     }  # fmt: skip
     write(args.out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""Images per second of this UNet and of three others of equal size: a training step, and a forward pass.
+"""This UNet beside three others of equal size: images per second in training and in a forward pass, and what they learn from equal images.
 
     pip install -r requirements-benchmarks.txt
     python benchmarks/unet_speed.py                                  1.7 M parameters, one CPU thread, under 3 minutes
-    python benchmarks/unet_speed.py --parameters 35e6 --batch 256    for a GPU: bf16 and channels_last for all of them
+    python benchmarks/unet_speed.py --parameters 35e6 --batch 256    on a GPU: bf16 and channels_last for all of them
+    python benchmarks/unet_speed.py --learn 2000 --size 16           train each on CIFAR-10 (--data-dir) at 16x16: 40 minutes on one CPU thread
 
-All have three levels of 1, 2 and 2 times their first width and attention at 16x16 (denoising-diffusion-pytorch: linear attention elsewhere,
-which it cannot do without), no classes, no dropout, on 32x32 RGB; widths, and 2 or 3 residual blocks a level, are those that come nearest in parameters. A training step is forward, squared error,
-backward, clipping and fused AdamW. They are timed in turn, many times over, and compared repeat by repeat: machines drift.
+All but the last have three levels of 1, 2 and 2 times their first width and attention in the second (denoising-diffusion-pytorch: linear
+attention elsewhere, which it cannot do without), no dropout, no classes, on RGB; widths, and 1 to 3 residual blocks a level where there is a
+choice, are those that come nearest in parameters. "mcm, 1 2 4" is this UNet with 1, 2 and 4 times its first width: the parameters lie
+where there are few pixels. A training step is forward, squared error, backward, clipping and fused AdamW. They are timed in turn, many times
+over, and compared repeat by repeat: machines drift. --learn trains each alone, from the same batches, times and noise, on the v-loss.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -27,26 +31,31 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mcm
 from mcm.cli import describe, write
-
-Call = Callable[[nn.Module, Tensor, Tensor], Tensor]
+from mcm.data import load_data, to_float
+from mcm.training import Training, batch_indices
 
 
 def parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def ours(channels: int, blocks: int) -> nn.Module:
-    return mcm.UNet(32, 3, channels, (1, 2, 2), blocks, attention=(16,))
+def ours(size: int, channels: int, blocks: int, multipliers=(1, 2, 2)) -> nn.Module:
+    return mcm.UNet(size, 3, channels, multipliers, blocks, attention=(size // 2,))
 
 
-def diffusers(channels: int, blocks: int) -> nn.Module:
+def ours_deep(size: int, channels: int, blocks: int) -> nn.Module:
+    return ours(size, channels, blocks, (1, 2, 4))
+
+
+def diffusers(size: int, channels: int, blocks: int) -> nn.Module:
     from diffusers import UNet2DModel
 
     down, up = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-    return UNet2DModel(32, 3, 3, block_out_channels=(channels, 2 * channels, 2 * channels), down_block_types=down, up_block_types=up, layers_per_block=blocks, norm_num_groups=8, attention_head_dim=32)
+    widths = (channels, 2 * channels, 2 * channels)
+    return UNet2DModel(size, 3, 3, block_out_channels=widths, down_block_types=down, up_block_types=up, layers_per_block=blocks, norm_num_groups=8, attention_head_dim=min(32, 2 * channels))
 
 
-def ddpm(channels: int, blocks: int) -> nn.Module:
+def ddpm(size: int, channels: int, blocks: int) -> nn.Module:
     from denoising_diffusion_pytorch import Unet
 
     if blocks != 2:
@@ -54,55 +63,49 @@ def ddpm(channels: int, blocks: int) -> nn.Module:
     return Unet(channels, dim_mults=(1, 2, 2), full_attn=(False, True, False), flash_attn=True)
 
 
-def smalldiffusion(channels: int, blocks: int) -> nn.Module:
+def smalldiffusion(size: int, channels: int, blocks: int) -> nn.Module:
     from smalldiffusion import Unet
 
-    return Unet(32, 3, 3, ch=channels, ch_mult=(1, 2, 2), num_res_blocks=blocks, attn_resolutions=(16,), dropout=0.0)
+    return Unet(size, 3, 3, ch=channels, ch_mult=(1, 2, 2), num_res_blocks=blocks, attn_resolutions=(size // 2,), dropout=0.0)
 
 
-def nearest(make: Callable[[int, int], nn.Module], target: float) -> nn.Module | None:
+# how each is made, and how it is called with images z (B, 3, H, W) and times t (B,) in (0, 1): in the time that it expects
+NETWORKS: dict[str, tuple[Callable[[int, int, int], nn.Module], Callable[[nn.Module, Tensor, Tensor], Tensor]]] = {
+    "mcm": (ours, lambda network, z, t: network(z, t)),
+    "diffusers": (diffusers, lambda network, z, t: network(z, 1000 * t).sample),
+    "denoising-diffusion-pytorch": (ddpm, lambda network, z, t: network(z, 1000 * t)),
+    "smalldiffusion": (smalldiffusion, lambda network, z, t: network(z, torch.tan(t.clamp(0.001, 0.999) * torch.pi / 2))),
+    "mcm, 1 2 4": (ours_deep, lambda network, z, t: network(z, t)),
+}
+
+
+def nearest(make: Callable[[int, int, int], nn.Module], size: int, target: float) -> nn.Module | None:
     """The network whose size is nearest; None if the package is not there. Widths that a network cannot have are passed over."""
     best = None
-    for channels, blocks in itertools.product(range(8, 321, 8), (2, 3)):
+    for channels, blocks in itertools.product(range(8, 321, 8), (1, 2, 3)):
         try:
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                size = parameters(make(channels, blocks))
+                found = parameters(make(size, channels, blocks))
         except ImportError:
             return None
         except (ValueError, AssertionError, RuntimeError):
             continue
-        if best is None or abs(size - target) < abs(best[1] - target):
-            best = (channels, blocks), size
-    return make(*best[0])
+        if best is None or abs(found - target) < abs(best[1] - target):
+            best = (channels, blocks), found
+    torch.manual_seed(0)
+    return make(size, *best[0])
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parameters", type=float, default=1.7e6, help="of each network, about (default: 1.7e6)")
-    parser.add_argument("--batch", type=int, default=32, help="(default: 32)")
-    parser.add_argument("--repeats", type=int, default=7, help="(default: 7)")
-    parser.add_argument("--steps", type=int, default=1, help="steps per repeat; more on a GPU (default: 1)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU (default: 1)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures here, as JSON")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    made = {name: nearest(make, args.parameters) for name, make in (("mcm", ours), ("diffusers", diffusers), ("denoising-diffusion-pytorch", ddpm), ("smalldiffusion", smalldiffusion))}
-    missing = [name for name, network in made.items() if network is None]
-    if missing:
-        print(f"not installed, left out: {', '.join(missing)} (pip install -r requirements-benchmarks.txt)", file=sys.stderr)
-    networks = {name: network.to(device, memory_format=torch.channels_last) for name, network in made.items() if network is not None}
-    calls: dict[str, Call] = {name: lambda network, z, t: network(z, t) for name in networks}
-    calls["diffusers"] = lambda network, z, t: network(z, t).sample
+def speeds(networks: dict[str, nn.Module], args: argparse.Namespace, device: torch.device) -> dict[str, dict]:
+    """By name: images per second in training and forward, and ours over it, repeat by repeat: median, smallest, largest."""
     optimizers = {name: torch.optim.AdamW(network.parameters(), 1e-5, fused=True) for name, network in networks.items()}
-    z, v = (torch.randn(args.batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last) for _ in range(2))
+    z, v = (torch.randn(args.batch, 3, args.size, args.size, device=device).to(memory_format=torch.channels_last) for _ in range(2))
     t = torch.rand(args.batch, device=device)
 
     def train(name: str) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = (calls[name](networks[name], z, t).float() - v).square().mean()
+            loss = (NETWORKS[name][1](networks[name], z, t).float() - v).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(networks[name].parameters(), 1.0)
         optimizers[name].step()
@@ -111,7 +114,7 @@ def main(argv: list[str]) -> int:
     @torch.no_grad()
     def forward(name: str) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            calls[name](networks[name], z, t)
+            NETWORKS[name][1](networks[name], z, t)
 
     def rate(work: Callable[[str], None], name: str) -> float:
         if device.type == "cuda":
@@ -129,16 +132,72 @@ def main(argv: list[str]) -> int:
             rate(work, name)  # warm-up
         rates = [{name: rate(work, name) for name in networks} for _ in range(args.repeats)]
         for name in networks:
-            ratios = sorted(r["mcm"] / r[name] for r in rates)
-            rows[name][kind] = {"images_per_second": statistics.median(r[name] for r in rates), "ours_over_it": statistics.median(ratios), "range": [ratios[0], ratios[-1]]}
-    result = {"hardware": describe(device), "torch": torch.__version__, "python": platform.python_version(), "batch": args.batch, "repeats": args.repeats, "rows": rows}
-    print(f"{result['hardware']}, batch {args.batch}, medians of {args.repeats} interleaved repeats\n")
-    print("| UNet | parameters | training, images/s | ours over it | forward, images/s | ours over it |\n|---|---|---|---|---|---|")
-    for name, row in rows.items():
-        cells = [f"{row[k]['images_per_second']:.0f} | {row[k]['ours_over_it']:.2f} ({row[k]['range'][0]:.2f} to {row[k]['range'][1]:.2f})" for k in ("training", "forward")]
-        print(f"| {name} | {row['parameters']:,} | {' | '.join(cells)} |")
+            ratios = sorted(r[name] / r["mcm"] for r in rates)
+            rows[name][kind] = {"images_per_second": statistics.median(r[name] for r in rates), "over_mcm": statistics.median(ratios), "range": [ratios[0], ratios[-1]]}
+    return rows
+
+
+def learned(network: nn.Module, call: Callable, args: argparse.Namespace, device: torch.device) -> dict:
+    """Train on CIFAR-10 for args.learn steps; -> the v-loss on its held-out images, before and after, and the seconds."""
+    data = load_data("cifar10", args.data_dir, args.size).to(device)
+    model = mcm.Denoiser(lambda z, t, cond: call(network, z.to(memory_format=torch.channels_last), t.float()), mcm.CosineSchedule())
+    settings, optimizer = Training(args.learn, args.batch, lr=1e-3), torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+
+    @torch.no_grad()
+    def validation() -> float:
+        x = to_float(data.held_images[:1000])
+        generator = torch.Generator(device).manual_seed(0)
+        noise, t = torch.randn(x.shape, generator=generator, device=device), (torch.arange(len(x), device=device) + 0.5) / len(x)
+        return statistics.mean(mcm.diffusion_loss(model, x[i], t=t[i], noise=noise[i]).loss.item() for i in torch.arange(len(x), device=device).split(100))
+
+    before, began = validation(), time.perf_counter()
+    for i in range(args.learn):
+        torch.manual_seed(i)
+        optimizer.param_groups[0]["lr"] = settings.lr_at(i)
+        mcm.diffusion_loss(model, to_float(data.images[batch_indices(len(data.images), args.batch, i, 0)])).loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"seconds": time.perf_counter() - began, "before": before, "after": validation()}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=float, default=1.7e6, help="of each network, about (default: 1.7e6)")
+    parser.add_argument("--size", type=int, default=32, help="of the images (default: 32)")
+    parser.add_argument("--batch", type=int, default=32, help="(default: 32)")
+    parser.add_argument("--repeats", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--steps", type=int, default=1, help="steps per repeat; more on a GPU (default: 1)")
+    parser.add_argument("--learn", type=int, metavar="STEPS", help="instead: train each for so many steps, and compare what they have learned")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="with --learn: where CIFAR-10 is (default: data)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="on a CPU (default: 1)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures here, as JSON")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    made = {name: nearest(make, args.size, args.parameters) for name, (make, _) in NETWORKS.items()}
+    missing = [name for name, network in made.items() if network is None]
+    if missing:
+        print(f"not installed, left out: {', '.join(missing)} (pip install -r requirements-benchmarks.txt)", file=sys.stderr)
+    networks = {name: network.to(device, memory_format=torch.channels_last) for name, network in made.items() if network is not None}
+    about = SimpleNamespace(hardware=describe(device), torch=torch.__version__, python=platform.python_version(), size=args.size, batch=args.batch)
+    if args.learn:
+        about.steps = args.learn
+        print(f"{about.hardware}, {args.size}x{args.size}, {args.learn} steps of batch {args.batch}\n\n| UNet | parameters | v-loss on held-out images | before training | seconds |\n|---|---|---|---|---|")
+        rows = {}
+        for name, network in networks.items():
+            rows[name] = {"parameters": parameters(network)} | learned(network, NETWORKS[name][1], args, device)
+            print(f"| {name} | {rows[name]['parameters']:,} | {rows[name]['after']:.4f} | {rows[name]['before']:.2f} | {rows[name]['seconds']:.0f} |", flush=True)
+    else:
+        about.repeats, rows = args.repeats, speeds(networks, args, device)
+        print(f"{about.hardware}, {args.size}x{args.size}, batch {args.batch}, medians of {args.repeats} interleaved repeats [smallest, largest]\n")
+        print("| UNet | parameters | training, images/s | over mcm's | forward, images/s | over mcm's |\n|---|---|---|---|---|---|")
+        for name, row in rows.items():
+            cells = [f"{row[k]['images_per_second']:.0f} | {row[k]['over_mcm']:.2f} [{row[k]['range'][0]:.2f}, {row[k]['range'][1]:.2f}]" for k in ("training", "forward")]
+            print(f"| {name} | {row['parameters']:,} | {' | '.join(cells)} |")
     if args.out:
-        write(args.out, json.dumps(result, indent=1) + "\n")
+        write(args.out, json.dumps(vars(about) | {"rows": rows}, indent=1) + "\n")
     return 0
 
 

@@ -22,6 +22,11 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+def pick_precision(name: str | None, device: torch.device) -> str:
+    """bf16 where a GPU computes in it, if nothing else is asked for."""
+    return name or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32")
+
+
 def describe(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
 
@@ -74,6 +79,16 @@ def run(script: str, main: Callable[[list[str]], None], argv: list[str]) -> int:
         main(argv)
     except InputError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "the system refused more"
+        print(
+            f"{script}: error: not enough memory ({reason}). Put the batch through the network in more parts (--accumulate 2, 4, ...: slower, the same training), "
+            "lower --batch, or choose a smaller network or image. What was saved before is intact: --resume goes on with it.",
+            file=sys.stderr,
+        )
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

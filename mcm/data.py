@@ -8,11 +8,12 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10
@@ -56,19 +57,35 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def load_data(name: str, data_dir: str | Path = "data", image_size: int | None = None) -> ImageData:
-    """name: "digits", "cifar10", "imagenet64" or "folder"; image_size: for a folder only.
+    """name: "digits", "cifar10", "imagenet64" or "folder"; image_size: what a folder's images are resized to, and the others' averaged
+    down to (None: 64 for a folder, else as they are).
 
     Raises InputError, naming the file, for anything missing, truncated or of the wrong shape.
     """
     if name == "digits":
-        return digits()
+        return averaged(digits(), image_size)
     if name == "cifar10":
-        return cifar10(Path(data_dir))
+        return averaged(cifar10(Path(data_dir)), image_size)
     if name == "imagenet64":
-        return imagenet64(Path(data_dir))
+        return averaged(imagenet64(Path(data_dir)), image_size)
     if name == "folder":
         return folder(Path(data_dir), image_size or 64)
     raise InputError(f"unknown data set {name!r}: choose digits, cifar10, imagenet64 or folder")
+
+
+def averaged(data: ImageData, image_size: int | None) -> ImageData:
+    """The same images in fewer pixels, each the mean of a square. Raises InputError if the squares do not come out even."""
+    size = data.image_shape[-1]
+    if image_size in (None, size):
+        return data
+    if image_size < 1 or size % image_size:
+        raise InputError(f"{data.name} has images of {size} pixels, which cannot be averaged down to {image_size}: choose {size}, {size // 2} or {size // 4}")
+
+    def shrunk(images: Tensor) -> Tensor:
+        parts = [F.avg_pool2d(part.float(), size // image_size).round().byte() for part in images.split(10_000)]
+        return torch.cat(parts)
+
+    return replace(data, images=shrunk(data.images), held_images=shrunk(data.held_images))
 
 
 def hold_out(name: str, images: Tensor, labels: Tensor, classes: int, n: int | None = None) -> ImageData:

@@ -180,7 +180,7 @@ def train(
     model = denoiser if network is denoiser.network else Denoiser(network, denoiser.schedule, denoiser.prediction, denoiser.student_steps)
 
     def step(index: int) -> Step:
-        rows = batch_indices(len(data.images), settings.batch, index, settings.seed).to(device)
+        rows = batch_indices(len(data.images), settings.batch, index, settings.seed).to(device, non_blocking=True)  # else the host waits for the device
         outputs = []
         for part in rows.chunk(settings.accumulate):
             share = len(part) / len(rows)
@@ -262,7 +262,8 @@ def loop(
             saving = stop or index + 1 == settings.iterations or (index + 1) % settings.save_every == 0
             if saving or logging:
                 done = of_all_processes(done)
-                line, skipped = summary(done, segments, index + 1, name), trailing(done, skipped)
+                good = finite(done)
+                line, skipped = summary(done, good, segments, index + 1, name), trailing(good, skipped)
                 if skipped >= min(MOST_SKIPPED, settings.iterations // 4 + 1):
                     raise InputError(
                         f"{name}: the loss or its gradient is no longer finite, from step {index + 2 - skipped} on. What was saved before is intact. "
@@ -322,15 +323,14 @@ def finite(done: list[Step]) -> Tensor:
     return (loss.isfinite() & norm.isfinite()).cpu()
 
 
-def trailing(done: list[Step], before: int) -> int:
+def trailing(good: Tensor, before: int) -> int:
     """How many steps in a row, the last one the latest, changed nothing; `before`: of those before these."""
-    good = finite(done).nonzero()
-    return len(done) - 1 - int(good[-1]) if len(good) else before + len(done)
+    indices = good.nonzero()
+    return len(good) - 1 - int(indices[-1]) if len(indices) else before + len(good)
 
 
-def summary(done: list[Step], segments: int, step: int, name: str) -> dict:
-    """One line of the log about the steps since the last one; means are over those that were not skipped, and null if all were."""
-    good = finite(done)
+def summary(done: list[Step], good: Tensor, segments: int, step: int, name: str) -> dict:
+    """One line of the log about the steps since the last one; means are over those that are `good`, and null if none is."""
     n, skipped = int(good.sum()), int((~good).sum())
     done = [d for d, counts in zip(done, good.tolist()) if counts]
     if not n:

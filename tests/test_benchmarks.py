@@ -6,7 +6,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import ablations
+import costs
 import over_seeds
+import questions
+import unet_speed
+
+import run_cifar
 
 
 def test_an_ablation_changes_what_it_says_and_no_more():
@@ -50,3 +55,64 @@ def test_asking_for_no_such_group_lists_them(capsys, monkeypatch):
     assert "er-sde-5-adversary" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         ablations.main(["scott", "--no-such-option"])
+
+
+def test_every_question_is_asked_from_one_teacher(tmp_path, monkeypatch):
+    """The commands that are run: each differs from the base in what it says, takes its teacher, and is not repeated once there."""
+    commands = []
+
+    def run(argv):
+        out = run_cifar.parse(argv).out
+        (out).mkdir(parents=True, exist_ok=True)
+        (out / "results.json").write_text("{}"), (out / "rows.json").write_text(str(len(commands)))
+        commands.append(argv)
+        return 0
+
+    monkeypatch.setattr(questions.run_cifar, "run", run)
+    out = tmp_path / "q"
+    assert questions.study(["--data", "digits", "--seed", "3", "--out", str(out)]) == out
+    assert len(commands) == len(questions.VARIANTS)
+    parsed = {Path(argv[argv.index("--out", 6) + 1]).name: run_cifar.parse(argv) for argv in commands}
+    base = parsed.pop("base")
+    assert base.teacher is None and base.steps == [1, 2, 4, 8] and base.x_var == "none"
+    for name, args in parsed.items():
+        assert args.seed == 3 and args.teacher == out / "base" / "teacher.safetensors" and (out / name / "rows.json").exists()
+        differing = {k for k in ("method", "x_var", "distance", "grid", "init") if getattr(args, k) != getattr(base, k)}
+        expected = {"ct": "method", "addim": "x_var", "huber": "distance", "squared": "distance", "few-points": "grid", "many-points": "grid", "random": "init"}
+        assert differing == {expected[name]}
+        run_cifar.check(args)
+    assert [parsed[n].grid for n in ("few-points", "many-points")] == [[4, 4], [16, 16]]
+    questions.study(["--data", "digits", "--seed", "3", "--out", str(out)])
+    assert len(commands) == len(questions.VARIANTS)
+
+
+def test_answers_are_means_over_seeds(tmp_path):
+    for seed, scale in enumerate((1.0, 2.0)):
+        for name in questions.VARIANTS:
+            rows = [{"model": "teacher", "sampler": s, "steps": k, "frechet": 2.0} for s in ("ddim", "addim") for k in (1, 2, 4, 8, 64)]
+            rows += [{"model": "student", "recipe": "mcm-cd", "sampler": "ddim", "steps": k, "frechet": scale * (k + len(name))} for k in (1, 2, 4, 8)]
+            (tmp_path / str(seed) / name).mkdir(parents=True)
+            (tmp_path / str(seed) / name / "results.json").write_text(json.dumps({"rows": rows}))
+    text = questions.answers([tmp_path / "0", tmp_path / "1"])
+    assert "| addim | 8 | 19.50 ± 9.19 | 9.75 ± 4.60 |" in text  # 13 and 26, over 2
+    assert all(question in text for question in questions.QUESTIONS)
+    assert "±" not in questions.answers([tmp_path / "0"])
+
+
+def test_costs_are_measured_and_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(costs.GRIDS, "cpu", {"base": (8, 8, 2), "parameters": (8, 16), "resolution": (8,), "batch": (2,), "steps": (1, 2)})
+    assert costs.main(["--repeats", "1", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "costs-cpu.json").read_text())
+    small, large = result["parameters"]
+    assert large["parameters"] > small["parameters"] and all(r["images_per_second"] > 0 and r["flops"] > 0 for r in (small, large)) and result["peak"] > 1e9
+    assert [r["steps"] for r in result["steps"]] == [1, 2] and "over K forward passes" in capsys.readouterr().out
+    assert (tmp_path / "costs-cpu.png").stat().st_size > 10_000
+
+
+def test_networks_of_equal_size_are_compared(tmp_path, monkeypatch, capsys):
+    """With this project's own two, as the others need not be installed; the second must be nearest to the size asked for as well."""
+    monkeypatch.setattr(unet_speed, "NETWORKS", {k: v for k, v in unet_speed.NETWORKS.items() if k.startswith("mcm")})
+    assert unet_speed.main(["--parameters", "2e5", "--size", "8", "--batch", "2", "--repeats", "2", "--device", "cpu", "--out", str(tmp_path / "speed.json")]) == 0
+    result = json.loads((tmp_path / "speed.json").read_text())
+    assert all(abs(row["parameters"] - 2e5) < 0.6e5 and row["training"]["images_per_second"] > 0 for row in result["rows"].values())
+    assert result["rows"]["mcm"]["forward"]["over_mcm"] == 1 and "| mcm, 1 2 4 |" in capsys.readouterr().out

@@ -104,6 +104,19 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, cifar_batch):
     assert not (tmp_path / "exploded").exists()
 
 
+def test_averaging_down(tmp_path):
+    data = load_data("digits")
+    small = load_data("digits", image_size=4)
+    assert small.images.shape == (1500, 1, 4, 4) and small.images.dtype == torch.uint8 and small.held_images.shape == (297, 1, 4, 4)
+    assert torch.equal(small.labels, data.labels)
+    squares = data.images.float().reshape(1500, 1, 4, 2, 4, 2).mean((3, 5))
+    assert (small.images - squares).abs().max() <= 0.5
+    assert small.fingerprint() != data.fingerprint()
+    for size in (16, 3, 0, -2):
+        with pytest.raises(mcm.InputError, match=f"8 pixels, which cannot be averaged down to {size}: choose 8, 4 or 2"):
+            load_data("digits", image_size=size)
+
+
 # --- ImageNet 64x64 ----------------------------------------------------------------------------------------------------------
 
 

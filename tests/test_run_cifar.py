@@ -204,6 +204,34 @@ def test_a_given_teacher_and_guidance(quick, tmp_path):
     assert "quick" not in results["command"] and "teacher.safetensors" in results["command"]
 
 
+@pytest.mark.parametrize("init", ["teacher", "random"])
+def test_where_students_start(quick, tmp_path, init):
+    """With a learning rate of nearly nothing a student ends where it starts: at the teacher's weights, or where the teacher began."""
+    teacher = mcm.load(quick / "teacher.safetensors").network
+    torch.manual_seed(0)
+    expected = (teacher if init == "teacher" else mcm.UNet(**teacher.arguments)).state_dict()
+    run(*QUICK.split(), "--teacher", quick / "teacher.safetensors", "--steps", 2, "--init", init, "--student-lr", 1e-12, "--out", tmp_path / "run")
+    torch.testing.assert_close(mcm.load(tmp_path / "run" / "cd-2.safetensors").network.state_dict(), expected)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["settings"]["init"] == init
+
+
+def test_fewer_pixels_and_another_schedule(tmp_path):
+    """Digits averaged down to 4x4, with the interpolated cosine schedule that the paper has for ImageNet 64."""
+    run(*QUICK.split(), "--image-size", 4, "--noise-scale", 0.5, 1, "--steps", 2, "--out", tmp_path / "run")
+    student = mcm.load(tmp_path / "run" / "cd-2.safetensors")
+    assert student.network.arguments["image_size"] == 4
+    assert student.schedule == mcm.CosineSchedule.interpolated(4, 2, 4) == mcm.CosineSchedule.interpolated(64, 32, 64)
+
+
+@pytest.mark.parametrize("data, preset, millions", [("cifar10", "small", 3.8), ("cifar10", "base", 35.5), ("cifar10", "tiny", 1.5), ("imagenet64", "base", 65.2)])
+def test_presets_have_the_size_they_say(data, preset, millions):
+    args = run_cifar.parse(["--data", data, "--preset", preset])
+    run_cifar.check(args)
+    with torch.device("meta"):
+        network = mcm.UNet(args.image_size, 3, args.channels, tuple(args.multipliers), args.blocks, tuple(args.attention), 10 if data == "cifar10" else 1000, args.dropout)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.06) and f"{millions} M" in args.cost
+
+
 def test_a_folder_of_images(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(150):
@@ -218,7 +246,7 @@ def test_a_folder_of_images(tmp_path):
 
 def test_help_reads_like_documentation():
     text = run("--help")
-    for word in ("--data", "--method", "--resume", "default: cifar10", "--data digits --preset long", "student_iterations", "minutes on 2 CPU cores"):
+    for word in ("--data", "--method", "--resume", "default: cifar10", "--data digits --preset long", "--data cifar10 --preset base", "student_iterations", "minutes on 2 CPU cores"):
         assert word in text
 
 
@@ -239,7 +267,8 @@ def test_help_reads_like_documentation():
         ("--data digits --steps 4 4", "names a student twice"),
         ("--data digits --student-iterations 5 6", "2 numbers for 4 students"),
         ("--data digits --batch 0", "--batch must be positive"),
-        ("--data digits --image-size 16", "--image-size 16 is for folders: digits has images of 8 pixels"),
+        ("--data digits --image-size 16", "digits has images of 8 pixels, which cannot be averaged down to 16: choose 8, 4 or 2"),
+        ("--data digits --noise-scale 0 1", "--noise-scale 0.0 1.0 must be positive"),
         ("--data digits --channels -8", "channels must be a positive multiple of 8, not -8"),
         ("--data digits --dropout 2", "dropout 2.0 in [0, 1)"),
         ("--data digits --seed -1", "--seed must be at least 0"),
@@ -289,6 +318,25 @@ def test_out_that_cannot_be_used(quick, tmp_path, refused):
     refused(*QUICK.split(), "--out", quick, "--resume", "--c", 0.5, says="holds a run with c 0.001, but now it is c 0.5")
     (tmp_path / "file").write_text("")
     refused(*QUICK.split(), "--out", tmp_path / "file" / "run", says="cannot be written to")
+
+
+def test_a_network_that_does_not_fit_into_memory(tmp_path, refused):
+    refused(*QUICK.split(), "--channels", 800_000, "--out", tmp_path / "run", says="not enough memory")
+
+
+def test_out_of_memory_on_a_gpu_and_errors_of_our_own(capsys):
+    def full(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    assert cli.run("run_cifar.py", full, []) == 2
+    error = capsys.readouterr().err
+    assert "2.00 GiB" in error and "--accumulate" in error and "more\n" not in error
+
+    def wrong(argv):
+        raise RuntimeError("shapes")
+
+    with pytest.raises(RuntimeError):
+        cli.run("run_cifar.py", wrong, [])
 
 
 def test_a_diverging_run_says_so(tmp_path, refused):
