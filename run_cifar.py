@@ -136,7 +136,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     group = parser.add_argument_group("further")
     group.add_argument("--augment", action="store_true", help="mirror each training image left to right half of the time; not for digits or letters")
-    group.add_argument("--compile", action="store_true", help="torch.compile the training steps: a minute or more at the start of each model, faster steps on a GPU")
+    group.add_argument("--compile", action="store_true", help="torch.compile the network in training: a minute or more at the start, faster steps on a GPU")
     group.add_argument("--accumulate", type=int, default=1, metavar="PARTS", help="put the batch through the network in this many parts, to save memory (default: 1)")
     group.add_argument("--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance of the teacher, in sampling and in distillation; 1 is none (default: 1)")
     args = parser.parse_args(argv)
@@ -299,10 +299,10 @@ def generate(model, z: Tensor, labels: Tensor, steps: int, solver, device: torch
 def real_features(args, data: ImageData, extractor) -> Tensor:
     """Of the training images, (n, d) on the CPU. Inception's take minutes, and are kept."""
     if not args.inception:
-        return metrics.embed(extractor, data.images)[0].cpu()
+        return metrics.embed(extractor, data.images)[0]
     path = args.out.parent / f"inception-{args.data}-{data.fingerprint()}.safetensors"
     if not path.is_file():
-        features = parallel.gathered(metrics.embed(extractor, parallel.own(data.images))[0]).cpu()
+        features = parallel.gathered(metrics.embed(extractor, parallel.own(data.images))[0].to(data.images.device)).cpu()
         if parallel.first():
             write_safetensors(path, {"features": features}, {})
     parallel.wait()
@@ -310,7 +310,7 @@ def real_features(args, data: ImageData, extractor) -> Tensor:
 
 
 def evaluate(args, data: ImageData, teacher, students: dict[int, mcm.Denoiser], classifier, extractor, real: Tensor, device) -> tuple[list[dict], float]:
-    """One row per model and number of steps, all from the same noise and classes -> rows, seconds. They are kept in rows.json as they are
+    """One row per model and number of steps, all from the same noise and classes -> rows, seconds (in the first process). They are kept in rows.json as they are
     made, with what they were made from, so that a resumed run takes over those, and only those, that still hold."""
     n, started = args.samples, time.perf_counter()
     z = torch.randn(n, *data.image_shape, generator=torch.Generator().manual_seed(args.seed + 1_000_000))
@@ -338,20 +338,22 @@ def evaluate(args, data: ImageData, teacher, students: dict[int, mcm.Denoiser], 
             model = guide(teacher, args, data) if is_teacher else students[steps]
             images, seconds = generate(model, z, labels, steps, solver, device, f"{name}, {steps} steps", args.precision)
         own = parallel.own(images).to(device)
-        features, predicted = (parallel.gathered(a) for a in (metrics.embed(extractor, own)[0], metrics.embed(classifier, own)[1]))
-        precision, recall = metrics.precision_recall(real, features.cpu())
+        features, predicted = (parallel.gathered(a.to(device)).cpu() for a in (metrics.embed(extractor, own)[0], metrics.embed(classifier, own)[1]))
+        if not parallel.first():
+            continue
+        precision, recall = metrics.precision_recall(real, features)
         row = {
             "model": "teacher" if is_teacher else "student", **({} if is_teacher else {"recipe": f"mcm-{args.method}"}),
             "sampler": solver.__name__, "steps": steps, "nfe": steps * (2 if is_teacher and args.guidance != 1 else 1),
-            "frechet": metrics.frechet(real, features.cpu()), "precision": precision, "recall": recall,
+            "frechet": metrics.frechet(real, features), "precision": precision, "recall": recall,
             "rmse_to_teacher": (images - reference).square().mean().sqrt().item(),
-            "class_accuracy": (predicted.cpu() == labels).double().mean().item() if data.classes > 1 else None, "seconds_per_image": seconds,
+            "class_accuracy": (predicted == labels).double().mean().item() if data.classes > 1 else None, "seconds_per_image": seconds,
         }  # fmt: skip
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         rows[key] = {"of": name, "digest": digest(teacher_file if is_teacher else args.out / f"{name}.safetensors"), "row": row}
-        if parallel.first():
-            write(store, json.dumps({"of": same, "rows": rows, "seconds": before + time.perf_counter() - started}))
-    parallel.wait()
+        write(store, json.dumps({"of": same, "rows": rows, "seconds": before + time.perf_counter() - started}))
+    if not parallel.first():
+        return [], 0.0
     rows = [entry["row"] for entry in rows.values()]
     rows.sort(key=lambda row: (row["model"] == "student", row.get("recipe", ""), row["sampler"] == "addim", row["steps"]))
     return rows, json.loads(store.read_text())["seconds"]
@@ -385,7 +387,7 @@ def table(results: dict) -> str:
         lines.append(f"| {' | '.join([row.get('recipe') or row['model'], row['sampler'], str(row['steps']), str(row['nfe']), *figures])} |")
     seconds = results["seconds"]
     spent = ", ".join(f"K = {K} {s:.0f}" for K, s in seconds["students"].items())
-    lines += ["", f"Seconds: teacher {seconds['teacher'] or 0:.0f}, students {spent}, evaluation {seconds['evaluation']:.0f}, total {seconds['total']:.0f} ({results['hardware']})."]
+    lines += ["", f"Seconds: teacher {seconds['teacher'] or 0:.0f}, students {spent}, evaluation {seconds['evaluation']:.0f}, total {seconds['total']:.0f} ({results['hardware']}; processes: {results['processes']})."]
     return "\n".join(lines) + "\n"
 
 
@@ -442,15 +444,17 @@ def main(argv: list[str]) -> None:
     extractor = inception or classifier
     real = real_features(args, data, extractor)
     rows, evaluation = evaluate(args, data, teacher, students, classifier, extractor, real, device)
-    if not parallel.first():
-        return parallel.stop()
+    lead, processes = parallel.first(), parallel.place()[1]
+    parallel.stop()
+    if not lead:
+        return
     draw_samples(args, data, teacher, students, device)
     order, half = torch.randperm(len(real), generator=torch.Generator().manual_seed(0)), len(real) // 2
     trained = {str(K): s.metadata["seconds"] for K, s in students.items()}
     taught = None if given else teacher.metadata["seconds"]
     parts = (taught or 0) + sum(trained.values()) + evaluation
     results = {
-        "data": args.data, "seed": args.seed, "device": str(device), "hardware": describe(device), "command": recorded("run_cifar.py", argv),
+        "data": args.data, "seed": args.seed, "device": str(device), "hardware": describe(device), "processes": processes, "command": recorded("run_cifar.py", argv),
         "versions": {"mcm": mcm.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "metric": {
             "name": "fid" if args.inception else "frechet", "features": "Inception-v3" if args.inception else f"a classifier trained on {args.data}", "dim": extractor.DIM, "n_generated": args.samples, "n_reference": len(real),

@@ -70,11 +70,12 @@ def network(channels: int, size: int, device: torch.device) -> mcm.UNet:
 
 def training(channels: int, size: int, batch: int, device: torch.device, args: argparse.Namespace) -> dict:
     """One point: a training step of this network on images of this size."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network(channels, size, torch.device("meta"))(torch.empty(batch, 3, size, size), torch.empty(batch), torch.empty(batch, dtype=torch.long)).sum().backward()
     unet = network(channels, size, device)
     x, labels = torch.rand(batch, 3, size, size, device=device) * 2 - 1, torch.randint(10, (batch,), device=device)
-    with FlopCounterMode(display=False) as counter:
-        unet(x, torch.rand(batch, device=device), labels).sum().backward()
-    model, learner = mcm.Denoiser(torch.compile(unet) if args.compile else unet, mcm.CosineSchedule()), Learner(dict(unet.named_parameters()), 1.0)
+    torch._dynamo.reset()  # or after some sizes it would stop compiling, silently
+    model, learner = mcm.Denoiser(torch.compile(unet, dynamic=False) if args.compile else unet, mcm.CosineSchedule()), Learner(dict(unet.named_parameters()), 1.0)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
@@ -137,6 +138,8 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # which memory and synchronisation below are about
     grid = GRIDS[device.type]
     channels, size, batch = grid["base"]
     result = {"hardware": describe(device), "torch": torch.__version__, "python": platform.python_version(), "compile": args.compile, "peak": peak(device, args.repeats)}
@@ -145,7 +148,11 @@ def main(argv: list[str]) -> int:
     for what, point in (("parameters", lambda v: (v, size, batch)), ("resolution", lambda v: (channels, v, batch)), ("batch", lambda v: (channels, size, v))):
         result[what] = []
         for value in grid[what]:
-            row = training(*point(value), device, args)
+            try:
+                row = training(*point(value), device, args)
+            except torch.OutOfMemoryError:
+                print(f"{what} {value}: does not fit into memory, left out")
+                continue
             result[what].append(row)
             memory = "" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
             print(f"| {row['parameters'] / 1e6:.2f} M | {row['size']} | {row['batch']} | {row['images_per_second']:.0f} | {row['flops'] / 1e9:.0f} | {row['flops'] / result['peak']:.0%} | {memory} |", flush=True)

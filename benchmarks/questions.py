@@ -4,16 +4,16 @@
     python benchmarks/questions.py --data digits                                             20 minutes on one CPU core
     python benchmarks/questions.py --data cifar10 --preset tiny --student-iterations 500     90 minutes on one CPU core
     python benchmarks/questions.py --data cifar10 --preset base                              for a GPU
-    python benchmarks/questions.py --table runs/questions-digits-0 runs/questions-digits-1   one table of several seeds
+    python benchmarks/questions.py --table runs/questions-digits-0 runs/questions-digits-1   only the tables, over seeds and data sets
 
 Whatever run_cifar.py takes may follow. Each variant has a folder in --out (default: runs/questions-DATA-SEED); what is there is not
 repeated, so the same command goes on after an interruption.
 """
 
 import json
-import shutil
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,14 +32,31 @@ VARIANTS = {
     "many-points": "--steps 1 --x-var none --grid {last} {last}",
     "random": "--steps 1 8 --x-var none --init random",
 }
-QUESTIONS = {
-    "Does distillation need many steps?": ("arXiv 2403.06807, table 1, FID on ImageNet 64, small: 4.3, 2.0, 1.7, 1.6 in 1, 2, 4, 8 steps; the teacher 1.5 in 512", {"base": (1, 2, 4, 8)}),
-    "A teacher, or data alone?": ("table 3: CD 4.3, CT 7.2 in 1 step; 1.6 and 1.5 in 8", {"base": (1, 8), "ct": (1, 8)}),
-    "DDIM or aDDIM in the teacher's step?": ("table 4: DDIM 3.91, aDDIM 4.35 in 1 step; 1.70 and 1.58 in 8", {"base": (1, 8), "addim": (1, 8)}),
-    "N annealed or constant?": ("table 2, ImageNet 128, 1 step: annealed from 64 to 1280 7.0; constant 128, 256, 1024: 8.8, 7.6, 10.8", {"base": (1,), "few-points": (1,), "many-points": (1,)}),
-    "Squared or Huber?": ("an unsquared distance is better than a squared one, above all in few steps (no figures)", {"base": (1, 8), "huber": (1,), "squared": (8,)}),
-    "From the teacher's weights, or from random ones?": ("the teacher's make both methods more robust and faster to converge (no figures)", {"base": (1, 8), "random": (1, 8)}),
-}
+@dataclass(frozen=True)
+class Question:
+    title: str
+    paper: str
+    """What the paper's figures are, or what it says without any."""
+    figures: dict[str, dict[int, float]]
+    """The paper's FIDs by K (arXiv 2403.06807)."""
+    variants: dict[str, tuple[int, ...]]
+    """What answers it here, and for which K: of VARIANTS, or the teacher's own samples."""
+
+
+QUESTIONS = [
+    Question(
+        "How many steps does a student need?", "tables 1 and 5, FID on ImageNet 64; the teacher's is 1.5 in 512 steps.", {"CD, 394 M": {1: 4.3, 2: 2.0, 4: 1.7, 8: 1.6}, "CD, 1.23 B": {1: 3.2, 2: 1.9, 4: 1.6, 8: 1.4}},
+        {"base": (1, 2, 4, 8), "teacher, DDIM": (1, 2, 4, 8), "teacher, aDDIM": (2, 4, 8)},
+    ),
+    Question("A teacher, or the images alone?", "table 3, FID on ImageNet 64.", {"CD": {1: 4.3, 8: 1.6}, "CT": {1: 7.2, 8: 1.5}}, {"base": (1, 8), "ct": (1, 8)}),
+    Question("DDIM or aDDIM in the teacher's step?", "table 4, FID on ImageNet 64.", {"DDIM": {1: 3.91, 8: 1.70}, "aDDIM": {1: 4.35, 8: 1.58}}, {"base": (1, 8), "addim": (1, 8)}),
+    Question(
+        "N annealed or constant?", "table 2, FID on ImageNet 128.", {"64 to 1280": {1: 7.0}, "128": {1: 8.8}, "256": {1: 7.6}, "1024": {1: 10.8}},
+        {"base": (1,), "few-points": (1,), "many-points": (1,)},
+    ),
+    Question("Squared distance or Huber?", "unsquared works better, above all in few steps; no figures.", {}, {"base": (1, 8), "huber": (1,), "squared": (8,)}),
+    Question("From the teacher's weights, or from random ones?", "the teacher's, in distillation and in consistency training: both become more robust and converge faster; no figures.", {}, {"base": (1, 8), "random": (1, 8)}),
+]  # fmt: skip
 
 
 def study(argv: list[str]) -> Path:
@@ -55,8 +72,8 @@ def study(argv: list[str]) -> Path:
         if name != "base":
             mine += ["--teacher", str(out / "base" / "teacher.safetensors")]
             folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "rows.json").is_file():  # the teacher has been measured
-                shutil.copy(out / "base" / "rows.json", folder)
+            if not (folder / "rows.json").is_file():  # the teacher has been measured, in seconds that are not this variant's
+                (folder / "rows.json").write_text(json.dumps(json.loads((out / "base" / "rows.json").read_text()) | {"seconds": 0.0}))
         print(f"\n=== {name}: {flags}", flush=True)
         if run_cifar.run(mine):
             sys.exit(f"{name} failed")
@@ -64,28 +81,38 @@ def study(argv: list[str]) -> Path:
 
 
 def answers(folders: list[Path]) -> str:
-    """One table per question, in markdown: means over the folders, which differ in their seeds, with the spread."""
-    runs = [{name: json.loads((folder / name / "results.json").read_text()) for name in VARIANTS if (folder / name / "results.json").is_file()} for folder in folders]
+    """One table per question, in markdown. Of each data set: the mean Fréchet distance over its folders, which differ in their seeds, with the
+    spread, and in brackets the mean ratio to the teacher's 64 steps."""
+    runs: dict[str, list[dict]] = {}
+    for folder in folders:
+        made = {name: json.loads((folder / name / "results.json").read_text()) for name in VARIANTS if (folder / name / "results.json").is_file()}
+        runs.setdefault(f"{made['base']['data']} {made['base']['settings']['image_size']}x{made['base']['settings']['image_size']}", []).append(made)
 
-    def figures(name: str, model: str, steps: int) -> tuple[list[float], list[float]]:
-        """Of each seed: the Fréchet distance, and over the teacher's in 64 steps."""
+    def cell(seeds: list[dict], variant: str, K: int) -> str:
+        """A variant that was not run is left blank."""
+        model, sampler = ("teacher", variant.split()[-1].lower()) if variant.startswith("teacher") else ("student", "ddim")
+        name, method = ("base", "mcm-cd") if model == "teacher" else (variant, "mcm-ct" if variant == "ct" else "mcm-cd")
         distances, ratios = [], []
-        for run in runs:
-            rows = run[name]["rows"]
-            teacher = next(r["frechet"] for r in rows if r["model"] == "teacher" and r["steps"] == 64)
-            found = next(r["frechet"] for r in rows if r["model"] == model and r["steps"] == steps and r["sampler"] == "ddim")
-            distances.append(found), ratios.append(found / teacher)
-        return distances, ratios
-
-    def shown(values: list[float]) -> str:
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.2f}{spread}"
+        for run in seeds:
+            rows = run[name]["rows"] if name in run else []
+            teacher = [r["frechet"] for r in rows if r["model"] == "teacher" and r["steps"] == 64]
+            found = [r["frechet"] for r in rows if r["model"] == model and r.get("recipe", method) == method and r["sampler"] == sampler and r["steps"] == K]
+            distances += found
+            ratios += [a / b for a, b in zip(found, teacher)]
+        if not distances:
+            return ""
+        spread = f" ± {statistics.stdev(distances):.2f}" if len(distances) > 1 else ""
+        return f"{statistics.mean(distances):.2f}{spread} ({statistics.mean(ratios):.2f})"
 
     lines = []
-    for question, (claim, variants) in QUESTIONS.items():
-        lines += ["", f"**{question}** The paper: {claim}.", "", "| variant | K | Fréchet | over the teacher's 64 steps |", "|---|---|---|---|"]
-        for name, steps in variants.items():
-            lines += [f"| {name} | {K} | {shown(d)} | {shown(r)} |" for K in steps for d, r in [figures(name, "student", K)]]
+    for question in QUESTIONS:
+        columns = sorted({K for steps in question.variants.values() for K in steps})
+        lines += ["", f"### {question.title}", "", f"The paper: {question.paper}", "", f"| | {' | '.join(f'K = {K}' for K in columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for label, values in question.figures.items():
+            lines.append(f"| *the paper, {label}* | {' | '.join(str(values.get(K, '')) for K in columns)} |")
+        for data, seeds in runs.items():
+            for variant, steps in question.variants.items():
+                lines.append(f"| {data}, {variant} | {' | '.join(cell(seeds, variant, K) if K in steps else '' for K in columns)} |")
     return "\n".join(lines[1:]) + "\n"
 
 

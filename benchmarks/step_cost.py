@@ -34,6 +34,8 @@ parser.add_argument("--json", type=Path, help="also write the figures here")
 args = parser.parse_args()
 
 torch.set_num_threads(args.threads)
+if args.device != "cpu":
+    torch.cuda.set_device(args.device if ":" in args.device else 0)
 torch.manual_seed(0)
 shape = dict(in_channels=1, channels=48, multipliers=(1, 1), blocks=1, attention=(4,)) if args.size == 8 else dict(in_channels=3, channels=32)
 network = mcm.UNet(image_size=args.size, classes=10, **shape)
@@ -54,7 +56,9 @@ def timed(loss) -> float:
     if args.device != "cpu":
         torch.cuda.synchronize()
     started = time.perf_counter()
-    loss().loss.backward()
+    with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.device != "cpu", cache_enabled=False):
+        output = loss()
+    output.loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     if args.device != "cpu":

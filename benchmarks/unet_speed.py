@@ -143,7 +143,10 @@ def learned(network: nn.Module, call: Callable, args: argparse.Namespace, device
     model = mcm.Denoiser(lambda z, t, cond: call(network, z.to(memory_format=torch.channels_last), t.float()), mcm.CosineSchedule())
     settings, optimizer = Training(args.learn, args.batch, lr=1e-3), torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
     @torch.no_grad()
+    @autocast
     def validation() -> float:
         x = to_float(data.held_images[:1000])
         generator = torch.Generator(device).manual_seed(0)
@@ -154,7 +157,9 @@ def learned(network: nn.Module, call: Callable, args: argparse.Namespace, device
     for i in range(args.learn):
         torch.manual_seed(i)
         optimizer.param_groups[0]["lr"] = settings.lr_at(i)
-        mcm.diffusion_loss(model, to_float(data.images[batch_indices(len(data.images), args.batch, i, 0)])).loss.backward()
+        with autocast:
+            loss = mcm.diffusion_loss(model, to_float(data.images[batch_indices(len(data.images), args.batch, i, 0)])).loss
+        loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -176,6 +181,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # which memory and synchronisation below are about
     made = {name: nearest(make, args.size, args.parameters) for name, (make, _) in NETWORKS.items()}
     missing = [name for name, network in made.items() if network is None]
     if missing:

@@ -26,12 +26,17 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
     tr (S_a S_b)^(1/2) = tr (S_a^(1/2) S_b S_a^(1/2))^(1/2), a symmetric matrix, whose eigenvalues are real even when S_a is singular.
     """
-    a, b = a.double(), b.double()
-    s_a, s_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
+    (mu_a, s_a), (mu_b, s_b) = moments(a), moments(b)
     values, vectors = torch.linalg.eigh(s_a)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ s_b @ root).clamp_min(0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + s_a.trace() + s_b.trace() - 2 * cross).item()
+    return ((mu_a - mu_b).square().sum() + s_a.trace() + s_b.trace() - 2 * cross).item()
+
+
+def moments(a: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and covariance (d, d) of the rows of a (n, d), in float64 but without a copy of them all."""
+    mean, centred = a.mean(0, dtype=torch.float64), (part.double() for part in a.split(chunk))
+    return mean, sum((part - mean).T @ (part - mean) for part in centred) / (len(a) - 1)
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, most: int = 10_000, chunk: int = 2048) -> tuple[float, float]:
@@ -101,13 +106,15 @@ class Classifier(nn.Module):
 
 
 def embed(extractor: "Classifier | Inception", images: Tensor, chunk: int = 1000) -> tuple[Tensor, Tensor | None]:
-    """images (uint8, or float in [-1, 1]) -> features (n, extractor.DIM), predicted classes (n,), which Inception has none of."""
-    features = []
+    """images (uint8, or float in [-1, 1]) -> features (n, extractor.DIM), predicted classes (n,), which Inception has none of; on the CPU."""
+    features, classes = [], []
     with torch.no_grad():
         for part in images.split(chunk):
-            features.append(extractor.features(to_float(part) if part.dtype == torch.uint8 else part))
-        features = torch.cat(features)
-        return features, extractor.head(F.relu(features)).argmax(1) if extractor.head else None
+            found = extractor.features(to_float(part) if part.dtype == torch.uint8 else part)
+            features.append(found.cpu())
+            if extractor.head:
+                classes.append(extractor.head(F.relu(found)).argmax(1).cpu())
+    return torch.cat(features), torch.cat(classes) if classes else None
 
 
 def train_classifier(data: ImageData, iterations: int, path: Path, batch: int = 128) -> tuple[Classifier, float]:
@@ -142,7 +149,7 @@ def train_classifier(data: ImageData, iterations: int, path: Path, batch: int = 
                 schedule.step()
         write_safetensors(path, classifier.state_dict(), wanted)
     classifier.eval().requires_grad_(False)
-    return classifier, (embed(classifier, data.held_images)[1] == data.held_labels).double().mean().item()
+    return classifier, (embed(classifier, data.held_images)[1] == data.held_labels.cpu()).double().mean().item()
 
 
 class Inception(nn.Module):

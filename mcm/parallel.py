@@ -1,10 +1,9 @@
 """One run on several processes, started by torchrun: torch's DistributedDataParallel, one process per GPU. Alone, all of this does nothing.
 
 Every process draws the random numbers of the whole batch and keeps its own rows, so what a seed means does not depend on how many
-processes there are, and a run that several began can be ended by one.
+processes there are (but for dropout), and a run that several began can be ended by one.
 """
 
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -29,17 +28,20 @@ def first() -> bool:
 
 
 def start(device: str | None) -> str | None:
-    """Join the other processes, if torchrun started this one; -> the device for this process. All but the first fall silent."""
+    """Join the other processes, if torchrun started this one; -> the device for this process. All but the first fall silent.
+    Raises InputError where there are more processes than GPUs."""
     if "LOCAL_RANK" not in os.environ:
         return device
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
+        if (asked := int(os.environ["LOCAL_WORLD_SIZE"])) > (found := torch.cuda.device_count()):
+            raise InputError(f"{asked} processes on a machine with {found} GPUs: use --nproc_per_node {found}, or --device cpu")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
     if not first():
-        sys.stdout = open(os.devnull, "w")
-        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+        sys.stdout, begin = open(os.devnull, "w"), tqdm.__init__
+        tqdm.__init__ = lambda bar, *arguments, **options: begin(bar, *arguments, **options | {"disable": True})
     return device
 
 
@@ -85,6 +87,18 @@ def gathered(x: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(processes)]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(n)] for part, n in zip(parts, sizes)])
+
+
+def own_randomness(network: Callable, device: torch.device) -> Callable:
+    """The same network, with dropout of this process's own. Its seed comes from the random state, alike in all processes, which is left as it was: two
+    calls from one state share their mask, as `consistency_loss` wants it."""
+
+    def call(*arguments):
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            torch.manual_seed(int(torch.randint(2**31, (1,))) + place()[0])
+            return network(*arguments)
+
+    return call
 
 
 def any_process(flag: bool, device: torch.device) -> bool:

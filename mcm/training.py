@@ -176,7 +176,7 @@ def train(
     if settings.compile:
         network = torch.compile(network)
     if processes > 1:  # averages the gradients of the processes in every backward pass
-        network = DistributedDataParallel(network, broadcast_buffers=False)
+        network = parallel.own_randomness(DistributedDataParallel(network, broadcast_buffers=False), device)
     model = denoiser if network is denoiser.network else Denoiser(network, denoiser.schedule, denoiser.prediction, denoiser.student_steps)
 
     def step(index: int) -> Step:
@@ -257,8 +257,8 @@ def loop(
             torch.manual_seed(mixed(settings.seed, index))
             done.append(step(index))
             logging = (index + 1) % settings.log_every == 0
-            # several processes have to agree, and do so at every line of the log
-            stop = interrupted() if processes == 1 else logging and parallel.any_process(interrupted(), done[-1].per_sample.device)
+            # several processes have to agree, and do so every tenth step
+            stop = interrupted() if processes == 1 else (index + 1) % 10 == 0 and parallel.any_process(interrupted(), done[-1].per_sample.device)
             saving = stop or index + 1 == settings.iterations or (index + 1) % settings.save_every == 0
             if saving or logging:
                 done = of_all_processes(done)

@@ -64,7 +64,7 @@ def test_every_question_is_asked_from_one_teacher(tmp_path, monkeypatch):
     def run(argv):
         out = run_cifar.parse(argv).out
         (out).mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text("{}"), (out / "rows.json").write_text(str(len(commands)))
+        (out / "results.json").write_text("{}"), (out / "rows.json").write_text('{"seconds": 9}')
         commands.append(argv)
         return 0
 
@@ -89,13 +89,15 @@ def test_every_question_is_asked_from_one_teacher(tmp_path, monkeypatch):
 def test_answers_are_means_over_seeds(tmp_path):
     for seed, scale in enumerate((1.0, 2.0)):
         for name in questions.VARIANTS:
-            rows = [{"model": "teacher", "sampler": s, "steps": k, "frechet": 2.0} for s in ("ddim", "addim") for k in (1, 2, 4, 8, 64)]
-            rows += [{"model": "student", "recipe": "mcm-cd", "sampler": "ddim", "steps": k, "frechet": scale * (k + len(name))} for k in (1, 2, 4, 8)]
+            rows = [{"model": "teacher", "sampler": s, "steps": k, "frechet": 2.0 + (s == "addim")} for s in ("ddim", "addim") for k in (1, 2, 4, 8, 64)]
+            rows += [{"model": "student", "recipe": "mcm-ct" if name == "ct" else "mcm-cd", "sampler": "ddim", "steps": k, "frechet": scale * (k + len(name))} for k in (1, 2, 4, 8)]
             (tmp_path / str(seed) / name).mkdir(parents=True)
-            (tmp_path / str(seed) / name / "results.json").write_text(json.dumps({"rows": rows}))
+            (tmp_path / str(seed) / name / "results.json").write_text(json.dumps({"data": "digits", "settings": {"image_size": 8}, "rows": rows}))
     text = questions.answers([tmp_path / "0", tmp_path / "1"])
-    assert "| addim | 8 | 19.50 ± 9.19 | 9.75 ± 4.60 |" in text  # 13 and 26, over 2
-    assert all(question in text for question in questions.QUESTIONS)
+    assert "| digits 8x8, addim | 9.00 ± 4.24 (4.50) | 19.50 ± 9.19 (9.75) |" in text  # 13 and 26 in 8 steps, over 2
+    assert "| digits 8x8, ct | 4.50 ± 2.12 (2.25) | 15.00 ± 7.07 (7.50) |" in text and "| *the paper, CT* | 7.2 | 1.5 |" in text
+    assert "| digits 8x8, teacher, aDDIM |  | 3.00 ± 0.00 (1.50) |" in text
+    assert all(question.title in text for question in questions.QUESTIONS)
     assert "±" not in questions.answers([tmp_path / "0"])
 
 

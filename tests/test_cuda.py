@@ -16,7 +16,7 @@ STEPS = 8
 
 @pytest.mark.parametrize("kind", ["teacher", "ct", "cd"])
 def test_a_training_step_never_waits_for_the_gpu(kind, tmp_path):
-    """Choosing the batch, the loss, its gradient and the update, between the second step and the last but one: PyTorch raises at any synchronisation."""
+    """Choosing the batch, the loss, its gradient and the update, between the second step and the last but one: PyTorch raises at the synchronisations it knows of."""
     data, calls = load_data("digits").to(torch.device("cuda")), []
     student, teacher = (mcm.Denoiser(mcm.UNet(8, 1, 32, (1, 1), 1, (4,), 10, dropout), mcm.CosineSchedule()).cuda() for dropout in (0.1, 0.0))
     student.student_steps = None if kind == "teacher" else 4
@@ -40,12 +40,13 @@ def test_a_training_step_never_waits_for_the_gpu(kind, tmp_path):
 
 
 def test_a_compiled_step_trains_the_same_weights(tmp_path):
-    """To rounding: a few steps with and without torch.compile."""
-    data, weights = load_data("digits").to(torch.device("cuda")), []
+    """To rounding: how far a few steps move them, with and without torch.compile, in distillation."""
+    data, moves = load_data("digits").to(torch.device("cuda")), []
     for compiled in (False, True):
         torch.manual_seed(0)
-        model = mcm.Denoiser(mcm.UNet(8, 1, 32, (1, 1), 1, (4,), 10), mcm.CosineSchedule()).cuda()
-        settings = Training(5, 32, lr=1e-4, compile=compiled)
-        train(model, lambda m, x, labels, progress: mcm.diffusion_loss(m, x, labels), data, settings, tmp_path, f"model-{compiled}")
-        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
-    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-4)
+        teacher, student = (mcm.Denoiser(mcm.UNet(8, 1, 32, (1, 1), 1, (4,), 10), mcm.CosineSchedule()).cuda() for _ in range(2))
+        before = torch.cat([p.detach().flatten() for p in student.parameters()])
+        settings = Training(5, 32, lr=1e-3, warmup=0, compile=compiled)
+        train(student, lambda m, x, labels, progress, teacher=teacher: mcm.consistency_loss(m, x, labels, recipes.mcm(4), teacher=teacher), data, settings, tmp_path, f"model-{compiled}")
+        moves.append(torch.cat([p.flatten() for p in student.parameters()]) - before)
+    assert (moves[0] - moves[1]).norm() < 0.05 * moves[0].norm()

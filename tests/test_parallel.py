@@ -6,13 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mcm
+from mcm import parallel
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = "--data digits --channels 16 --teacher-iterations 12 --student-iterations 8 --steps 2 --samples 128 --classifier-iterations 20 --batch 32 --save-every 4 --lr 1e-3"
+RUN = "--data digits --device cpu --channels 16 --teacher-iterations 12 --student-iterations 8 --steps 2 --samples 128 --classifier-iterations 20 --batch 32 --save-every 4 --lr 1e-3"
 
 
 def run(processes: int, out: Path, *more: str) -> subprocess.CompletedProcess:
@@ -49,6 +52,34 @@ def test_two_processes_measure_what_one_does(runs):
     one, two = (json.loads((runs[n] / "results.json").read_text())["rows"] for n in (1, 2))
     for a, b in zip(one, two):
         assert (a["model"], a["steps"]) == (b["model"], b["steps"]) and a["frechet"] == pytest.approx(b["frechet"], rel=1e-2)
+
+
+def test_two_processes_draw_the_same_images(runs):
+    one, two = (np.asarray(Image.open(runs[n] / "samples.png"), np.int16) for n in (1, 2))
+    assert one.shape == two.shape and one.std() > 10 and np.abs(one - two).max() <= 2
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in (("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(mcm.InputError, match="2 processes on a machine with 1 GPUs: use --nproc_per_node 1"):
+        parallel.start(None)
+
+
+def test_dropout_differs_between_processes_and_agrees_between_the_two_calls_of_a_step(monkeypatch):
+    masks, network = {}, parallel.own_randomness(torch.nn.Dropout(0.5), torch.device("cpu"))
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "place", lambda rank=rank: (rank, 2))
+        torch.manual_seed(0)
+        masks[rank] = network(torch.ones(100)) > 0
+        assert torch.equal(network(torch.ones(100)) > 0, masks[rank])  # nothing was drawn in between
+        after = torch.rand(3)
+        assert not torch.equal(network(torch.ones(100)) > 0, masks[rank])
+    assert not torch.equal(masks[0], masks[1])
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(3), after)
 
 
 def test_a_run_that_two_began_is_ended_by_one(runs, tmp_path):

@@ -20,7 +20,7 @@ from mcm import cli
 from mcm.data import load_data, to_float
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = "--data digits --channels 16 --teacher-iterations 6 --student-iterations 4 --samples 128 --classifier-iterations 20 --batch 32 --save-every 3"
+QUICK = "--data digits --device cpu --channels 16 --teacher-iterations 6 --student-iterations 4 --samples 128 --classifier-iterations 20 --batch 32 --save-every 3"
 
 
 sys.path.insert(0, str(ROOT))
@@ -84,7 +84,7 @@ def test_what_out_receives(quick):
 def test_results_json_has_the_promised_shape(quick):
     results = json.loads((quick / "results.json").read_text())
     assert results["data"] == "digits" and results["seed"] == 0 and results["device"] == "cpu"
-    assert results["command"].startswith("python run_cifar.py --data digits") and str(quick.parent) not in json.dumps(results)
+    assert results["command"].startswith("python run_cifar.py --data digits") and results["processes"] == 1 and str(quick.parent) not in json.dumps(results)
     metric = {k: results["metric"][k] for k in ("name", "dim", "n_generated", "n_reference", "reference")}
     assert metric == {"name": "frechet", "dim": 64, "n_generated": 128, "n_reference": 1500, "reference": "train"}
     assert results["reference_floor"]["n"] == 750 and results["reference_floor"]["frechet"] > 0
@@ -295,7 +295,7 @@ def test_the_exit_code_reaches_the_shell():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_that_is_not_there(refused):
-    refused(*QUICK.split(), "--device", "cuda", says="--device cuda was asked for, but this machine with this build of PyTorch has only cpu")
+    refused(*QUICK.replace("--device cpu", "--device cuda").split(), says="--device cuda was asked for, but this machine with this build of PyTorch has only cpu")
 
 
 def test_bad_teachers(quick, tmp_path, refused):
