@@ -85,7 +85,7 @@ def run(script: str, main: Callable[[list[str]], None], argv: list[str]) -> int:
             raise
         reason = str(error).splitlines()[0] if str(error) else "the system refused more"
         print(
-            f"{script}: error: not enough memory ({reason}). Put the batch through the network in more parts (--accumulate 2, 4, ...: slower, the same training), "
+            f"{script}: error: not enough memory ({reason}). Put the batch through the network in more parts (--accumulate 2, 4, ...), "
             "lower --batch, or choose a smaller network or image. What was saved before is intact: --resume goes on with it.",
             file=sys.stderr,
         )
