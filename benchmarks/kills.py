@@ -4,7 +4,7 @@
     python benchmarks/kills.py [KILLS]        (default: 30)
 
 A small digits run (classifier, teacher, two students, evaluation) is made once undisturbed. Then it is made again KILLS times, each
-time killed (SIGKILL) at a random moment and resumed, every third one killed a second time. Every checkpoint that a run leaves must be the same bit for bit,
+time killed (SIGKILL) at a random moment and resumed, every third one killed a second time, every fourth one when it next writes a file. Every checkpoint that a run leaves must be the same bit for bit,
 and results.json the same but for the times. Exit code 1 if one is not. POSIX only: runs are forked, so that none imports PyTorch again.
 """
 
@@ -48,10 +48,12 @@ def finish(out: Path, resume: bool) -> None:
         sys.exit(f"a run ended with exit code {code}: see it for yourself with python run_cifar.py {RUN}")
 
 
-def killed(out: Path, resume: bool, seconds: float) -> bool:
-    """Start, wait, kill; -> whether the run was still alive."""
+def killed(out: Path, resume: bool, seconds: float, writing: bool = False) -> bool:
+    """Start, wait (with `writing`: on, until a file is being written), kill; -> whether the run was still alive."""
     pid = start(out, resume)
     time.sleep(seconds)
+    while writing and not list(out.glob("*.partial")) and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        pass
     alive = os.waitpid(pid, os.WNOHANG)[0] == 0
     if alive:
         os.kill(pid, signal.SIGKILL)
@@ -94,7 +96,7 @@ def main(kills: int) -> int:
         shutil.rmtree(out.parent, ignore_errors=True)
         out.parent.mkdir()
         moment, second = rng.uniform(0, whole), rng.uniform(0, whole / 2)
-        if not killed(out, False, moment):
+        if not killed(out, False, moment, writing=done % 4 == 3):
             continue
         done += 1
         at = [f"{moment:.1f} s ({where(out)})"]

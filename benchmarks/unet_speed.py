@@ -8,8 +8,8 @@
 
 All but the last have three levels of 1, 2 and 2 times their first width and attention in the second (denoising-diffusion-pytorch: linear
 attention elsewhere, which it cannot do without), no dropout, no classes, on RGB; widths, and 1 to 3 residual blocks a level where there is a
-choice, are those that come nearest in parameters. "mcm, 1 2 4" is this UNet with 1, 2 and 4 times its first width: the parameters lie
-where there are few pixels. A training step is forward, squared error, backward, clipping and fused AdamW. They are timed in turn, many times
+choice, are those that come nearest in parameters. "mcm, 1 2 4" is this UNet with one block a level and 1, 2 and 4 times its first width, as
+in the small presets: the parameters lie where there are few pixels. A training step is forward, squared error, backward, clipping and fused AdamW. They are timed in turn, many times
 over, and compared repeat by repeat: machines drift. --learn trains each alone, from the same batches, times and noise, on the v-loss.
 """
 
@@ -44,6 +44,8 @@ def ours(size: int, channels: int, blocks: int, multipliers=(1, 2, 2)) -> nn.Mod
 
 
 def ours_deep(size: int, channels: int, blocks: int) -> nn.Module:
+    if blocks != 1:
+        raise ValueError("it has one block a level")
     return ours(size, channels, blocks, (1, 2, 4))
 
 
