@@ -40,22 +40,27 @@ GRIDS = {
 }
 
 
+def per_call(work: Callable[[], object], device: torch.device, calls: int) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(calls):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / calls
+
+
+def enough(work: Callable[[], object], device: torch.device) -> int:
+    """How many calls fit into a fifth of a second, after one that warms up."""
+    per_call(work, device, 1)
+    return max(1, min(50, int(0.2 / per_call(work, device, 1))))
+
+
 def timed(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median seconds, after a call that warms up and one to see how many fit into a fifth of a second."""
-
-    def once(n: int) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(n):
-            work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - began) / n
-
-    once(1)
-    n = max(1, min(50, int(0.2 / once(1))))
-    return statistics.median(once(n) for _ in range(repeats))
+    """Median seconds of a call."""
+    calls = enough(work, device)
+    return statistics.median(per_call(work, device, calls) for _ in range(repeats))
 
 
 def peak(device: torch.device, repeats: int) -> float:
@@ -110,9 +115,11 @@ def sampling(channels: int, size: int, batch: int, steps: tuple[int, ...], devic
     rows = []
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         for K in steps:
-            pairs = [(timed(partial(mcm.sample, model, z, K, labels), device, 1), timed(partial(bare, K), device, 1)) for _ in range(2 * args.repeats)]
-            ratios = sorted(a / b for a, b in pairs)
-            rows.append({"steps": K, "seconds_per_image": statistics.median(a for a, _ in pairs) / batch, "over_forwards": statistics.median(ratios), "range": [ratios[0], ratios[-1]]})
+            works = partial(mcm.sample, model, z, K, labels), partial(bare, K)
+            calls = min(enough(work, device) for work in works)
+            pairs = [[per_call(work, device, calls) for work in works] for _ in range(4 * args.repeats)]
+            low, middle, high = statistics.quantiles((a / b for a, b in pairs), n=4)
+            rows.append({"steps": K, "seconds_per_image": statistics.median(a for a, _ in pairs) / batch, "over_forwards": middle, "quartiles": [low, high]})
     return rows
 
 
@@ -170,9 +177,9 @@ def main(argv: list[str]) -> int:
             memory = "" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
             print(f"| {row['parameters'] / 1e6:.2f} M | {row['size']} | {row['batch']} | {row['images_per_second']:.0f} | {row['flops'] / 1e9:.0f} | {row['flops'] / result['peak']:.0%} | {memory} |", flush=True)
     result["steps"] = sampling(channels, size, batch, grid["steps"], device, args)
-    print("\n| K | ms per image | over K forward passes [smallest, largest] |\n|---|---|---|")
+    print("\n| K | ms per image | over K forward passes [quartiles] |\n|---|---|---|")
     for row in result["steps"]:
-        print(f"| {row['steps']} | {1000 * row['seconds_per_image']:.2f} | {row['over_forwards']:.3f} [{row['range'][0]:.3f}, {row['range'][1]:.3f}] |")
+        print(f"| {row['steps']} | {1000 * row['seconds_per_image']:.2f} | {row['over_forwards']:.3f} [{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}] |")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         write(args.out / f"costs-{device.type}.json", json.dumps(result, indent=1) + "\n")

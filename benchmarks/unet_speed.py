@@ -6,11 +6,12 @@
     python benchmarks/unet_speed.py --parameters 35e6 --batch 256    on a GPU: bf16 and channels_last for all of them
     python benchmarks/unet_speed.py --learn 2000 --size 16           train each on CIFAR-10 (--data-dir) at 16x16: 40 minutes on one CPU thread
 
-All but the last have three levels of 1, 2 and 2 times their first width and attention in the second (denoising-diffusion-pytorch: linear
-attention elsewhere, which it cannot do without), no dropout, no classes, on RGB; widths, and 1 to 3 residual blocks a level where there is a
-choice, are those that come nearest in parameters. "mcm, 1 2 4" is this UNet with one block a level and 1, 2 and 4 times its first width, as
-in the small presets: the parameters lie where there are few pixels. A training step is forward, squared error, backward, clipping and fused AdamW. They are timed in turn, many times
-over, and compared repeat by repeat: machines drift. --learn trains each alone, from the same batches, times and noise, on the v-loss.
+All but the last two have three levels of 1, 2 and 2 times their first width and attention in the second (denoising-diffusion-pytorch:
+linear attention elsewhere, which it cannot do without), no dropout, no classes, on RGB; widths, and 1 to 3 residual blocks a level where
+there is a choice, are those that come nearest in parameters. "mcm, 1 2 3" and "mcm, 1 2 4" are this UNet with one block a level, wider
+where there are few pixels: the first with attention in the lower two levels, the second as in the small presets. A training step is
+forward, squared error, backward, clipping and fused AdamW. They are timed in turn, many times over, and compared repeat by repeat:
+machines drift. --learn trains each alone, from the same batches, times and noise, on the v-loss.
 """
 
 import argparse
@@ -39,14 +40,15 @@ def parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def ours(size: int, channels: int, blocks: int, multipliers=(1, 2, 2)) -> nn.Module:
-    return mcm.UNet(size, 3, channels, multipliers, blocks, attention=(size // 2,))
+def ours(multipliers: tuple[int, ...], attention: tuple[int, ...], only: int | None = None) -> Callable[[int, int, int], nn.Module]:
+    """This UNet with attention in the levels `attention`, counted from 0, and any number of blocks a level or `only` so many."""
 
+    def make(size: int, channels: int, blocks: int) -> nn.Module:
+        if only not in (None, blocks):
+            raise ValueError(f"it has {only} a level")
+        return mcm.UNet(size, 3, channels, multipliers, blocks, tuple(size >> level for level in attention))
 
-def ours_deep(size: int, channels: int, blocks: int) -> nn.Module:
-    if blocks != 1:
-        raise ValueError("it has one block a level")
-    return ours(size, channels, blocks, (1, 2, 4))
+    return make
 
 
 def diffusers(size: int, channels: int, blocks: int) -> nn.Module:
@@ -73,11 +75,12 @@ def smalldiffusion(size: int, channels: int, blocks: int) -> nn.Module:
 
 # how each is made, and how it is called with images z (B, 3, H, W) and times t (B,) in (0, 1): in the time that it expects
 NETWORKS: dict[str, tuple[Callable[[int, int, int], nn.Module], Callable[[nn.Module, Tensor, Tensor], Tensor]]] = {
-    "mcm": (ours, lambda network, z, t: network(z, t)),
+    "mcm": (ours((1, 2, 2), (1,)), lambda network, z, t: network(z, t)),
     "diffusers": (diffusers, lambda network, z, t: network(z, 1000 * t).sample),
     "denoising-diffusion-pytorch": (ddpm, lambda network, z, t: network(z, 1000 * t)),
     "smalldiffusion": (smalldiffusion, lambda network, z, t: network(z, torch.tan(t.clamp(0.001, 0.999) * torch.pi / 2))),
-    "mcm, 1 2 4": (ours_deep, lambda network, z, t: network(z, t)),
+    "mcm, 1 2 3": (ours((1, 2, 3), (1, 2), only=1), lambda network, z, t: network(z, t)),
+    "mcm, 1 2 4": (ours((1, 2, 4), (1,), only=1), lambda network, z, t: network(z, t)),
 }
 
 

@@ -112,9 +112,9 @@ def test_costs_are_measured_and_drawn(tmp_path, monkeypatch, capsys):
 
 
 def test_networks_of_equal_size_are_compared(tmp_path, monkeypatch, capsys):
-    """With this project's own two, as the others need not be installed; the second must be nearest to the size asked for as well."""
+    """With this project's own, as the others need not be installed; all must be near to the size asked for as well."""
     monkeypatch.setattr(unet_speed, "NETWORKS", {k: v for k, v in unet_speed.NETWORKS.items() if k.startswith("mcm")})
-    assert unet_speed.main(["--parameters", "2e5", "--size", "8", "--batch", "2", "--repeats", "2", "--device", "cpu", "--out", str(tmp_path / "speed.json")]) == 0
+    assert unet_speed.main(["--parameters", "3e5", "--size", "8", "--batch", "2", "--repeats", "2", "--device", "cpu", "--out", str(tmp_path / "speed.json")]) == 0
     result = json.loads((tmp_path / "speed.json").read_text())
-    assert all(abs(row["parameters"] - 2e5) < 0.6e5 and row["training"]["images_per_second"] > 0 for row in result["rows"].values())
+    assert all(abs(row["parameters"] - 3e5) < 0.8e5 and row["training"]["images_per_second"] > 0 for row in result["rows"].values())
     assert result["rows"]["mcm"]["forward"]["over_mcm"] == 1 and "| mcm, 1 2 4 |" in capsys.readouterr().out
