@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kill a run at random moments: does what it ends with depend on it? A few minutes on one CPU core.
 
-    python benchmarks/kills.py [KILLS]        (default: 30)
+    python benchmarks/kills.py [KILLS] [OPTIONS OF run_cifar.py, for another run]        (default: 30)
 
 A small digits run (classifier, teacher, two students, evaluation) is made once undisturbed. Then it is made again KILLS times, each
 time killed (SIGKILL) at a random moment and resumed, every third one killed a second time, every fourth one when it next writes a file. Every checkpoint that a run leaves must be the same bit for bit,
@@ -38,7 +38,7 @@ def start(out: Path, resume: bool) -> int:
     os.dup2(silence, 1), os.dup2(silence, 2)
     code = 1
     with contextlib.suppress(BaseException):
-        code = run_cifar.run([*RUN.split(), "--out", str(out), *["--resume"] * resume])
+        code = run_cifar.run([*RUN.split(), *sys.argv[2:], "--out", str(out), *["--resume"] * resume])
     os._exit(code)
 
 
@@ -96,7 +96,7 @@ def main(kills: int) -> int:
         shutil.rmtree(out.parent, ignore_errors=True)
         out.parent.mkdir()
         moment, second = rng.uniform(0, whole), rng.uniform(0, whole / 2)
-        if not killed(out, False, moment, writing=done % 4 == 3):
+        if not killed(out, False, moment, writing=done % 4 == 1):
             continue
         done += 1
         at = [f"{moment:.1f} s ({where(out)})"]

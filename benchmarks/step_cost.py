@@ -78,7 +78,7 @@ parameters = sum(p.numel() for p in network.parameters()) / 1e6
 print(f"{parameters:.2f} M parameters, {args.size}x{args.size}, batch {args.batch}, {device}, torch {torch.__version__}, median of {args.repeats} [quartiles]")
 print("| step | ms | over the teacher's step | limit |\n|---|---|---|---|")
 figures = {"command": "python benchmarks/step_cost.py " + " ".join(Path(a).name for a in sys.argv[1:]), "parameters_millions": round(parameters, 3), "size": args.size, "batch": args.batch, "device": device, "torch": torch.__version__, "python": platform.python_version()}
-for name, limit in (("teacher", ""), ("ct", 1.4), ("cd", 1.75)):
+for name, limit in (("teacher", ""), ("ct", "4/3"), ("cd", "5/3")):
     ratios = sorted(a / b for a, b in zip(seconds[name], seconds["teacher"]))
     low, middle, high = ratios[len(ratios) // 4], statistics.median(ratios), ratios[3 * len(ratios) // 4]
     print(f"| {name} | {1000 * statistics.median(seconds[name]):.1f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {limit} |")

@@ -85,8 +85,8 @@ def run(script: str, main: Callable[[list[str]], None], argv: list[str]) -> int:
             raise
         reason = str(error).splitlines()[0] if str(error) else "the system refused more"
         print(
-            f"{script}: error: not enough memory ({reason}). Put the batch through the network in more parts (--accumulate 2, 4, ...), "
-            "lower --batch, or choose a smaller network or image. What was saved before is intact: --resume goes on with it.",
+            f"{script}: error: not enough memory ({reason}). Put the batch through the network in more parts: --accumulate 2, 4, ..., "
+            "also with --resume, as what was saved before is intact. Where that does not help, begin anew with a smaller network, image or batch.",
             file=sys.stderr,
         )
         return 2

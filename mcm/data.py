@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -192,7 +194,9 @@ def npz_member(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
             version = np.lib.format.read_magic(file)
             reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = reader(file)
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError) as error:
+            if (promised := math.prod(shape) * dtype.itemsize) > (found := archive.getinfo(f"{key}.npy").file_size):
+                raise ValueError(f"its header promises {promised:,} bytes of {key} and {found:,} are there")
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, OSError, EOFError) as error:
         raise InputError(f"{path} ({path.stat().st_size:,} bytes) is not a downsampled-ImageNet batch: {error}. Fetch it again.") from None
     return shape, dtype
 
@@ -226,7 +230,7 @@ def read_npz(paths: list[Path]) -> tuple[Tensor, Tensor]:
             with np.load(path, allow_pickle=False) as file:
                 images[start : start + n] = torch.from_numpy(file["data"].reshape(n, 3, 64, 64))
                 labels[start : start + n] = torch.from_numpy(np.asarray(file["labels"], np.int64)) - 1
-        except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError) as error:
             raise InputError(f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged: {error}. Fetch it again.") from None
         start += n
     if labels.min() < 0 or labels.max() > 999:

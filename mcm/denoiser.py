@@ -180,8 +180,11 @@ def read_header(path: str | Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 raise InputError(f"{path}: a safetensors file, but not a checkpoint written by mcm.save")
-            return json.loads(header["mcm"]), {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            metadata = json.loads(header["mcm"])
+            if not isinstance(metadata, dict):
+                raise ValueError(f"its header is {type(metadata).__name__}")
+            return metadata, {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: not a readable checkpoint ({error}). It is truncated, or another format; pickles (.pt, .ckpt) are never "
             "loaded, since they can run code. Use a .safetensors file written by mcm.save."
@@ -222,6 +225,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
         check_size(metadata, shapes)
         arguments = dict(metadata["schedule"])
         schedule = SCHEDULES[arguments.pop("kind")](**arguments)
+        schedule(torch.tensor([0.0]))  # it can be computed
         network = UNet(**metadata["network"])
         network.load_state_dict(load_file(path))
         denoiser = Denoiser(network, schedule, metadata["prediction"], metadata["student_steps"])

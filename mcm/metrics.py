@@ -6,6 +6,7 @@ These are not FID: that name belongs to the features of Inception-v3, which can 
 import io
 import pickle
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -42,9 +43,9 @@ def moments(a: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, most: int = 10_000, chunk: int = 2048) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991): the share of fake samples inside the real manifold, and of real ones inside
     the fake manifold; a manifold is the union of balls around samples that reach to their k-th nearest neighbour. real, fake: (n, d);
-    of more than `most` rows, so many are taken at even distances, as the cost grows with the square.
+    of more than `most` rows, so many are drawn, as the cost grows with the square. (Not at even distances: classes come in turn.)
     """
-    real, fake = (a[torch.linspace(0, len(a) - 1, min(most, len(a))).long()] for a in (real, fake))
+    real, fake = (a[torch.randperm(len(a), generator=torch.Generator().manual_seed(0))[:most]] if len(a) > most else a for a in (real, fake))
 
     def inside(points: Tensor, manifold: Tensor) -> float:
         radius = torch.cat([torch.cdist(rows, manifold).kthvalue(k + 1, dim=1).values for rows in manifold.split(chunk)])
@@ -172,15 +173,15 @@ class Inception(nn.Module):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(port.URL_INCEPTION_V3, path, hash_prefix="6726825d")
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, HTTPException) as error:
                 raise InputError(f"FID needs the weights of Inception-v3, which could not be fetched ({error}). Put {port.URL_INCEPTION_V3} into {path.parent}") from None
         with io.BytesIO() as safe:  # read as tensors only, before torch-fidelity reads it as anything
             try:
                 torch.save(torch.load(path, weights_only=True, map_location="cpu"), safe)
-            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                safe.seek(0)
+                self.network = port.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=safe)
+            except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError) as error:
                 raise InputError(f"{path} is not the weights of Inception-v3 ({str(error).splitlines()[0]}): delete it") from None
-            safe.seek(0)
-            self.network = port.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=safe)
 
     def features(self, x: Tensor) -> Tensor:
         pixels = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,11 +133,13 @@ class Learner:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `state` gave. Raises KeyError or RuntimeError if it is of other weights."""
+        """Put back what `state` gave. Raises KeyError, IndexError, ValueError or RuntimeError if it is of other weights."""
         for prefix, group in [("raw.", self.weights)] + [(f"average{n}.", average) for n, (average, _) in enumerate(self.averages)]:
             if {k for k in tensors if k.startswith(prefix)} != {prefix + k for k in group}:
                 raise KeyError(prefix)
             for key, value in group.items():
+                if tensors[prefix + key].shape != value.shape:  # copy_ would repeat the smaller one
+                    raise ValueError(prefix + key)
                 value.copy_(tensors[prefix + key])
         state: dict[int, dict] = {}
         for key, value in tensors.items():
@@ -200,13 +202,14 @@ def train(
         norm = learner.update(settings.lr_at(index), index)
         return Step(torch.cat([o.per_sample.detach() for o in outputs]), torch.cat([o.t for o in outputs]), norm, {})
 
-    def saved(step: int, seconds: float, new: bool) -> None:
+    def saved(step: int, seconds: float, new: bool) -> Callable[[], None] | None:
         averaged.metadata = metadata | {"step": step, "seconds": round(seconds, 1)}
         if not parallel.first():
-            return
-        save(out / f"{name}.safetensors", averaged, **averaged.metadata)
+            return None
+        snapshot = copy.deepcopy(averaged)  # the next step moves the averages
         if preview and new:
             preview(averaged, step)
+        return partial(save, out / f"{name}.safetensors", snapshot, **averaged.metadata)
 
     loop({"model": learner}, step, settings, out, name, resume, saved, denoiser.student_steps or 1)
     return averaged
@@ -228,13 +231,13 @@ def loop(
     out: Path,
     name: str,
     resume: bool,
-    saved: Callable[[int, float, bool], None],
+    saved: Callable[[int, float, bool], Callable[[], None] | None],
     segments: int = 1,
 ) -> None:
     """Call step(0), step(1), ... settings.iterations times, each with a random state of its own.
 
     Every settings.save_every steps and at the end writes out/NAME.state.safetensors (all that resuming needs) and calls
-    saved(step, seconds, True); the state before stays as out/NAME.state.previous.safetensors. Lines of figures go to out/log.jsonl. With
+    saved(step, seconds, True), which may return further writing; the state before stays as out/NAME.state.previous.safetensors. Lines of figures go to out/log.jsonl. With
     resume, goes on from the newest state that can be read, if there is one, after saved(step, seconds, False). Ctrl-C and SIGTERM
     finish the step, save and raise KeyboardInterrupt. Steps whose gradient is not finite change nothing and are counted in the log;
     raises InputError after many in a row, naming the first, and if the disk is full; what was saved before stays. segments: for the
@@ -243,7 +246,8 @@ def loop(
     state_file, first, elapsed, skipped = out / f"{name}.state.safetensors", 0, 0.0, 0
     if resume and (found := load_state(state_file, learners, settings)):
         first, elapsed = found
-        saved(first, elapsed, False)  # a kill may have come between the two files
+        if write_more := saved(first, elapsed, False):  # a kill may have come between the two files
+            write_more()
     if parallel.first():
         if not first:
             earlier(state_file).unlink(missing_ok=True)  # of a run that is begun anew
@@ -251,7 +255,7 @@ def loop(
     parallel.wait()  # none may write before all have read
 
     steps = tqdm(range(first, settings.iterations), name, initial=first, total=settings.iterations, unit="it")
-    done, started, processes, writing, stop = [], time.perf_counter(), parallel.place()[1], None, False
+    done, started, processes, writing, stop = [], time.perf_counter(), parallel.place()[1], [], False
     with deferred_interrupt() as interrupted, ThreadPoolExecutor(1) as writer:  # the next steps do not wait for the disk
         for index in steps:
             torch.manual_seed(mixed(settings.seed, index))
@@ -281,17 +285,19 @@ def loop(
                         log.write(json.dumps(line) + "\n")
                 done = []
             if saving:
-                if writing:
-                    writing.result()  # raises what went wrong there
+                for job in writing:
+                    job.result()  # raises what went wrong there
+                writing = []
                 if parallel.first():
                     tensors = {f"{n}/{key}": value.detach().to("cpu", copy=True) for n, learner in learners.items() for key, value in learner.state().items()}
-                    writing = writer.submit(save_state, state_file, tensors, settings, index + 1, elapsed)
-                saved(index + 1, elapsed, True)
+                    writing.append(writer.submit(save_state, state_file, tensors, settings, index + 1, elapsed))
+                if write_more := saved(index + 1, elapsed, True):
+                    writing.append(writer.submit(write_more))
             if stop:
                 break
-        if writing:
-            writing.result()
-        if stop:
+        for job in writing:
+            job.result()
+        if stop or parallel.any_process(interrupted(), next(iter(next(iter(learners.values())).weights.values())).device):
             raise KeyboardInterrupt
     parallel.wait()  # what comes next may read the files
 
@@ -352,7 +358,7 @@ def summary(done: list[Step], good: Tensor, segments: int, step: int, name: str)
 
 
 MOST_SKIPPED = 20  # steps in a row, before a run stops
-MUST_MATCH = ("iterations", "batch", "accumulate", "lr", "ema", "precision", "augment", "seed")
+MUST_MATCH = ("iterations", "batch", "lr", "ema", "precision", "augment", "seed")
 
 
 def earlier(path: Path) -> Path:
@@ -389,6 +395,9 @@ def load_state(path: Path, learners: dict[str, Learner], settings: Training) -> 
     for name, learner in learners.items():
         try:
             learner.load({k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")})
-        except (KeyError, RuntimeError, IndexError):
+        except (KeyError, RuntimeError, IndexError, ValueError):
             raise InputError(f"{path}: the network in it has another shape than the one asked for. Give the old settings, or another --out.") from None
-    return metadata["step"], metadata["elapsed"]
+    step, elapsed = metadata.get("step"), metadata.get("elapsed")
+    if type(step) is not int or not 0 <= step <= settings.iterations or not isinstance(elapsed, (int, float)):
+        raise InputError(f"{path}: step {step} and seconds {elapsed} are not those of a run of {settings.iterations} steps. Delete it.")
+    return step, elapsed

@@ -1,3 +1,4 @@
+import io
 import json
 import pickle
 import zipfile
@@ -161,6 +162,19 @@ def test_imagenet64_that_is_damaged(tmp_path):
     with pytest.raises(mcm.InputError, match="truncated or damaged"):
         load_data("imagenet64", tmp_path)
     assert zipfile.is_zipfile(path)
+    rng = np.random.default_rng(0)
+    np.savez_compressed(path, data=rng.integers(0, 256, (20, 12288)).astype(np.uint8), labels=np.ones(20, np.int64))
+    content = bytearray(path.read_bytes())
+    content[60:90] = bytes(30)  # the beginning of the compressed stream
+    path.write_bytes(content)
+    with pytest.raises(mcm.InputError, match="is not a downsampled-ImageNet batch|truncated or damaged"):
+        load_data("imagenet64", tmp_path)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 12288)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.npy", header.getvalue())
+    with pytest.raises(mcm.InputError, match="promises 12,288,000,000,000 bytes of data and 128 are there"):
+        load_data("imagenet64", tmp_path)
 
 
 # --- a folder ----------------------------------------------------------------------------------------------------------------

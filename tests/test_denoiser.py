@@ -139,6 +139,9 @@ def test_bad_checkpoints_are_explained(network, tmp_path):
     refused(data[: len(data) // 2], "truncated")
     refused(data[:6], "truncated")
     refused(pickle.dumps({"weights": [1, 2, 3]}), "pickles .* are never")
+    for text in ("[" * 100_000, "1" * 5000, "5", "{"):  # of the header's JSON
+        save_file({"w": torch.zeros(2)}, bad, {"format": "mcm-1", "mcm": text})
+        refused(bad.read_bytes(), "not a readable checkpoint")
     with pytest.raises(mcm.InputError, match="no such checkpoint"):
         mcm.load(tmp_path / "missing.safetensors")
     save_file({"w": torch.zeros(2)}, bad)
@@ -150,7 +153,7 @@ def test_bad_checkpoints_are_explained(network, tmp_path):
     "change",
     [
         {"channels": 32}, {"channels": 2**20}, {"blocks": 10**9}, {"multipliers": [1] * 10**6}, {"multipliers": []}, {"classes": 10**12}, {"image_size": 2**30},
-        {"channels": "64"}, {"blocks": None}, {"in_channels": -1}, {"student_steps": 10**15}, {"prediction": "eval"}, {"schedule": {"kind": "os.system"}},
+        {"channels": "64"}, {"blocks": None}, {"in_channels": -1}, {"student_steps": 10**15}, {"prediction": "eval"}, {"schedule": {"kind": "os.system"}}, {"schedule": {"kind": "cosine", "clip": "x"}},
     ],
 )  # fmt: skip
 def test_a_tampered_header_is_refused_before_memory_is_taken(network, tmp_path, change):

@@ -3,6 +3,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch_fidelity import feature_extractor_inceptionv3 as port
 
 import mcm
@@ -52,6 +53,17 @@ def test_precision_and_recall():
     assert precision == 1.0 and recall == pytest.approx(0.52, abs=0.015)  # the third neighbour reaches 2 beyond the end
     strays = torch.cat([real, 1000 + 50 * torch.arange(100.0)[:, None]])
     assert metrics.precision_recall(real, strays)[0] == 0.5
+
+
+def test_precision_and_recall_of_many_samples_see_every_class():
+    """Classes come in turn, so that rows at even distances would miss some of them: here every second one."""
+    torch.manual_seed(0)
+    classes = torch.arange(2000) % 10
+    rows = 100.0 * F.one_hot(classes, 10) + torch.randn(2000, 10)
+    precision, recall = metrics.precision_recall(rows, rows.roll(1, 0) + 0.01 * torch.randn(2000, 10), most=400)
+    assert precision > 0.5 and recall > 0.5
+    precision, recall = metrics.precision_recall(rows, rows[classes < 5], most=400)
+    assert precision > 0.5 and 0.3 < recall < 0.6
 
 
 def test_nearest():
@@ -112,6 +124,12 @@ def test_inception_weights_that_would_run_code_are_refused(downloads, tmp_path):
     with pytest.raises(mcm.InputError, match="is not the weights of Inception-v3"):
         metrics.Inception()
     assert not (tmp_path / "exploded").exists()
+
+
+def test_other_weights_than_inception(downloads):
+    torch.save({"fc.weight": torch.zeros(3)}, downloads)
+    with pytest.raises(mcm.InputError, match="is not the weights of Inception-v3 .*: delete it"):
+        metrics.Inception()
 
 
 def test_inception_features(downloads, monkeypatch):

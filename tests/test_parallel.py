@@ -15,7 +15,7 @@ import mcm
 from mcm import parallel
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = "--data digits --device cpu --channels 16 --teacher-iterations 12 --student-iterations 8 --steps 2 --samples 128 --classifier-iterations 20 --batch 32 --save-every 4 --lr 1e-3"
+RUN = "--data digits --device cpu --channels 16 --teacher-iterations 12 --student-iterations 8 --steps 2 --samples 131 --classifier-iterations 20 --batch 32 --save-every 4 --lr 1e-3"
 
 
 def run(processes: int, out: Path, *more: str) -> subprocess.CompletedProcess:
@@ -35,12 +35,16 @@ def runs(tmp_path_factory):
     return found
 
 
+def apart(a: Path, b: Path, name: str) -> float:
+    """How far the weights of two runs' models lie apart, over their size."""
+    one, two = (mcm.load(folder / f"{name}.safetensors").network.state_dict() for folder in (a, b))
+    return (torch.cat([(one[k] - two[k]).flatten() for k in one]).norm() / torch.cat([v.flatten() for v in one.values()]).norm()).item()
+
+
 @pytest.mark.parametrize("name", ["teacher", "cd-2"])
 def test_two_processes_train_what_one_does(runs, name):
     """To rounding, in weights and losses."""
-    one, two = (mcm.load(runs[n] / f"{name}.safetensors").network.state_dict() for n in (1, 2))
-    size, apart = (torch.cat([v.flatten() for v in values]).norm() for values in (one.values(), [one[k] - two[k] for k in one]))
-    assert apart < 1e-4 * size
+    assert apart(runs[1], runs[2], name) < 1e-4
     logs = [[json.loads(line) for line in (runs[n] / "log.jsonl").read_text().splitlines()] for n in (1, 2)]
     assert [(a["model"], a["step"]) for a in logs[0]] == [(b["model"], b["step"]) for b in logs[1]]
     for a, b in zip(*logs):
@@ -52,6 +56,8 @@ def test_two_processes_measure_what_one_does(runs):
     one, two = (json.loads((runs[n] / "results.json").read_text())["rows"] for n in (1, 2))
     for a, b in zip(one, two):
         assert (a["model"], a["steps"]) == (b["model"], b["steps"]) and a["frechet"] == pytest.approx(b["frechet"], rel=1e-2)
+        assert a["rmse_to_teacher"] == pytest.approx(b["rmse_to_teacher"], rel=1e-2, abs=1e-6)  # sees the order of images
+        assert a["class_accuracy"] == pytest.approx(b["class_accuracy"], abs=0.02)  # and of predictions
 
 
 def test_two_processes_draw_the_same_images(runs):
@@ -91,9 +97,11 @@ def test_a_run_that_two_began_is_ended_by_one(runs, tmp_path):
         path.unlink(missing_ok=True) if end != ".state.previous" else path.rename(out / "teacher.state.safetensors")
     for path in out.glob("cd-2*"):
         path.unlink()
+    before = (out / "log.jsonl").read_text().splitlines()[:2]
+    assert [(json.loads(line)["model"], json.loads(line)["step"]) for line in before] == [("teacher", 4), ("teacher", 8)]
     assert run(1, out, "--resume").returncode == 0
-    one, mixed = (mcm.load(folder / "teacher.safetensors").network.state_dict() for folder in (runs[1], out))
-    assert max((one[k] - mixed[k]).abs().max() for k in one) < 1e-3
+    assert (out / "log.jsonl").read_text().splitlines()[:2] == before  # with their seconds: these steps were not made again
+    assert apart(runs[1], out, "teacher") < 1e-4
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):

@@ -130,6 +130,10 @@ def test_fid_is_named_only_with_inception(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(run_cifar.metrics, "Inception", Inception)
     assert run_cifar.parse(["--data", "digits", "--features", "inception"]).samples == 50_000
+    for more, named in (("", True), ("--samples 49999", False), ("--image-size 16", False), ("--data imagenet64 --samples 60000", True)):
+        assert run_cifar.is_fid(run_cifar.parse(["--features", "inception", *more.split()])) == named
+    assert not run_cifar.is_fid(run_cifar.parse(["--samples", "50000"]))
+    monkeypatch.setattr(run_cifar, "FID_SAMPLES", 128)
     arguments = [*QUICK.split(), "--features", "inception", "--steps", "2", "--out", str(tmp_path / "run")]
     assert run_cifar.run(arguments) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -160,6 +164,13 @@ def test_resume_repeats_nothing_and_adds_what_is_new(quick, tmp_path):
     run(*QUICK.replace("--student-iterations 4", "--student-iterations 8").split(), "--steps", 2, "--out", out, "--resume")
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert [r["frechet"] == o["frechet"] for r, o in zip(rows[-4:-1], new[-3:])] == [True, False, True]
+
+
+def test_kills_at_random_moments_change_nothing():
+    """The short version of a benchmark, which kills a larger run 30 times."""
+    shorter = "--channels 8 --teacher-iterations 24 --student-iterations 12 --samples 128 --classifier-iterations 5".split()
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "kills.py"), "2", *shorter], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("identical") >= 2 and done.stdout.splitlines()[-1].endswith("0 runs that ended differently"), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

@@ -113,18 +113,28 @@ def test_augmentation_mirrors_half_of_the_images(tmp_path):
         assert share == 1 if not augment else 0.4 < share < 0.6
 
 
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 def test_the_next_steps_do_not_wait_for_the_disk(tmp_path, monkeypatch):
-    """The state after step 4 is on its way to a slow disk while step 5 runs; what arrives is the state after step 4."""
+    """The state after step 4, and then the averaged weights, are on their way to a slow disk while step 5 runs; what arrives is of step 4."""
     whole, slow = tmp_path / "whole", tmp_path / "slow"
     whole.mkdir(), slow.mkdir()
-    train(small(), diffusion, DATA, settings(iterations=12, save_every=4), whole, "m")
-    written, real = [], mcm.training.write_safetensors
+    averages = []
+    train(small(), diffusion, DATA, settings(iterations=12, save_every=4), whole, "m", preview=lambda model, _: averages.append(flat(model)))
+    written, models, real = [], [], mcm.training.write_safetensors
 
     def slowly(path, *rest):
         if path.name == "m.state.safetensors":
             assert len(seen) == 12 or passed.wait(60)
             written.append(rest[1]["step"])
         real(path, *rest)
+
+    def save(path, denoiser, **metadata):
+        models.append((metadata["step"], flat(denoiser)))
+        assert written[-1] == metadata["step"]  # the state comes first
+        mcm.save(path, denoiser, **metadata)
 
     seen, passed = [], threading.Event()
 
@@ -136,8 +146,10 @@ def test_the_next_steps_do_not_wait_for_the_disk(tmp_path, monkeypatch):
         return diffusion(denoiser, x, labels, progress)
 
     monkeypatch.setattr(mcm.training, "write_safetensors", slowly)
+    monkeypatch.setattr(mcm.training, "save", save)
     train(small(), loss, DATA, settings(iterations=12, save_every=4), slow, "m")
-    assert written == [4, 8, 12]
+    assert written == [step for step, _ in models] == [4, 8, 12]
+    assert all(torch.equal(a, b) for (_, a), b in zip(models, averages, strict=True))
     for name in ("m.state.safetensors", "m.state.previous.safetensors"):
         first, second = (load_file(folder / name) for folder in (whole, slow))
         assert all(torch.equal(first[k], second[k]) for k in first)
@@ -324,6 +336,38 @@ def test_ctrl_c_and_sigterm_save_and_resume(tmp_path, which):
     resumed = train(small(), loss, DATA, settings(), tmp_path, "m", resume=True)
     assert len(calls) == 6 and all(torch.equal(a, b) for a, b in zip(resumed.parameters(), reference.parameters()))
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()][-1] == 12
+
+
+def test_a_signal_while_the_end_is_being_saved_is_not_lost(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(small(), diffusion, DATA, settings(), tmp_path, "m", preview=lambda _, step: step == 12 and signal.raise_signal(signal.SIGTERM))
+    assert mcm.load(tmp_path / "m.safetensors").metadata["step"] == 12
+
+
+def test_a_state_of_other_shapes_or_steps_is_refused(tmp_path):
+    """Shapes that would fit by repetition, and numbers that no run of ours would have written."""
+    train(small(), diffusion, DATA, settings(), tmp_path, "m")
+    path = tmp_path / "m.state.safetensors"
+    tensors, metadata = mcm.denoiser.read_safetensors(path)
+    for tampered, changes, message in (
+        (tensors | {"model/raw.network.first.bias": torch.zeros(1)}, {}, "another shape"),
+        (tensors | {"model/adam.x.step": torch.zeros(())}, {}, "another shape"),
+        (tensors, {"step": "12"}, "step 12 .* are not those"),
+        (tensors, {"step": 13}, "step 13 .* are not those"),
+        (tensors, {"elapsed": None}, "seconds None"),
+    ):
+        mcm.denoiser.write_safetensors(path, tampered, metadata | changes)
+        with pytest.raises(mcm.InputError, match=message):
+            train(small(), diffusion, DATA, settings(), tmp_path, "m", resume=True)
+
+
+def test_the_parts_of_a_batch_may_change(tmp_path):
+    """As a run that met a lack of memory needs."""
+    train(small(), diffusion, DATA, settings(iterations=12, save_every=4), tmp_path, "m")
+    state = tmp_path / "m.state.safetensors"
+    (tmp_path / "m.state.previous.safetensors").rename(state)
+    averaged = train(small(), diffusion, DATA, settings(iterations=12, save_every=4, accumulate=2), tmp_path, "m", resume=True)
+    assert averaged.metadata["step"] == 12 and json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == 12
 
 
 def test_the_log_has_each_step_once(tmp_path):
