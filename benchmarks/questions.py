@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The questions that a reader of the paper asks, one run each, from the same teacher: run_cifar.py again and again, and one table.
 
-    python benchmarks/questions.py --data digits                                             20 minutes on one CPU core
-    python benchmarks/questions.py --data cifar10 --preset tiny --student-iterations 500     90 minutes on one CPU core
+    python benchmarks/questions.py --data digits                                             about an hour on one CPU core
+    python benchmarks/questions.py --data cifar10 --preset tiny --student-iterations 500     2 to 3 hours on one CPU core
     python benchmarks/questions.py --data cifar10 --preset base                              for a GPU
     python benchmarks/questions.py --table runs/questions-digits-0 runs/questions-digits-1   only the tables, over seeds and data sets
 
