@@ -65,7 +65,7 @@ def timed(work: Callable[[], object], device: torch.device, repeats: int) -> flo
 
 def peak(device: torch.device, repeats: int) -> float:
     """Operations per second of a large matrix product, the fastest of several: as such, and as a 1x1 convolution, which on a CPU is
-    another library's work (on AMD's nearly twice as fast)."""
+    another library's work (on AMD's often a faster one)."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     image, kernel = (x.contiguous(memory_format=torch.channels_last) for x in (a.view(1, n, 1, n), b.view(n, n, 1, 1)))

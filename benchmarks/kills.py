@@ -4,8 +4,8 @@
     python benchmarks/kills.py [KILLS] [OPTIONS OF run_cifar.py, for another run]        (default: 30)
 
 A small digits run (classifier, teacher, two students, evaluation) is made once undisturbed. Then it is made again KILLS times, each
-time killed (SIGKILL) at a random moment and resumed, every third one killed a second time, every fourth one when it next writes a file. Every checkpoint that a run leaves must be the same bit for bit,
-and results.json the same but for the times. Exit code 1 if one is not. POSIX only: runs are forked, so that none imports PyTorch again.
+time killed (SIGKILL) at a random moment and resumed, every third one killed a second time, every fourth one when it next writes a file.
+Every checkpoint that a run leaves must be the same bit for bit, and results.json the same but for the times. Exit code 1 if one is not. POSIX only: runs are forked, so that none imports PyTorch again.
 """
 
 import contextlib

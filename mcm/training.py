@@ -236,12 +236,12 @@ def loop(
 ) -> None:
     """Call step(0), step(1), ... settings.iterations times, each with a random state of its own.
 
-    Every settings.save_every steps and at the end writes out/NAME.state.safetensors (all that resuming needs) and calls
-    saved(step, seconds, True), which may return further writing; the state before stays as out/NAME.state.previous.safetensors. Lines of figures go to out/log.jsonl. With
-    resume, goes on from the newest state that can be read, if there is one, after saved(step, seconds, False). Ctrl-C and SIGTERM
-    finish the step, save and raise KeyboardInterrupt. Steps whose gradient is not finite change nothing and are counted in the log;
-    raises InputError after many in a row, naming the first, and if the disk is full; what was saved before stays. segments: for the
-    losses by segment in the log.
+    Every settings.save_every steps and at the end writes out/NAME.state.safetensors (all that resuming needs) and calls saved(step,
+    seconds, True), which may return further writing; the state before stays as out/NAME.state.previous.safetensors. Lines of figures go
+    to out/log.jsonl. With resume, goes on from the newest state that can be read, if there is one, after saved(step, seconds, False).
+    Ctrl-C and SIGTERM finish the step, save and raise KeyboardInterrupt. Steps whose gradient is not finite change nothing and are
+    counted in the log; raises InputError after many in a row, naming the first, and if the disk is full; what was saved before stays.
+    segments: for the losses by segment in the log.
     """
     state_file, first, elapsed, skipped = out / f"{name}.state.safetensors", 0, 0.0, 0
     if resume and (found := load_state(state_file, learners, settings)):
