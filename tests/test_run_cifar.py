@@ -173,9 +173,8 @@ def test_kills_at_random_moments_change_nothing():
     assert done.returncode == 0 and done.stdout.count("identical") >= 2 and done.stdout.splitlines()[-1].endswith("0 runs that ended differently"), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_ends_like_an_undisturbed_one(quick, tmp_path, how):
-    """Stopped for real in the middle of a student, by Ctrl-C (which saves) or by a kill (which cannot): the resumed weights are the same."""
+def test_an_interrupted_run_ends_like_an_undisturbed_one(quick, tmp_path):
+    """Stopped for real in the middle of a student by Ctrl-C, which saves: the resumed weights are the same. (Kills: above.)"""
     arguments = QUICK.replace("--student-iterations 4", "--student-iterations 300").replace("--save-every 3", "--save-every 40").split()
     arguments += ["--steps", "2", "--teacher", str(quick / "teacher.safetensors")]
     finals = []
@@ -188,10 +187,9 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(quick, tmp_path, how):
             while not (out / "cd-2.state.safetensors").exists():
                 assert process.poll() is None
                 time.sleep(0.02)
-            process.send_signal(how)
-            assert process.wait(60) == (130 if how == signal.SIGINT else -signal.SIGKILL)
-            step = mcm.load(out / "cd-2.safetensors").metadata["step"] if (out / "cd-2.safetensors").exists() else 40
-            assert step % 40 == 0 or how == signal.SIGINT and step < 300
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+            assert 40 <= mcm.load(out / "cd-2.safetensors").metadata["step"] < 300
             command.append("--resume")
         assert subprocess.run(command, capture_output=True).returncode == 0
         finals.append(mcm.load(out / "cd-2.safetensors").network.state_dict())
