@@ -99,6 +99,13 @@ def deferred_interrupt():
             signal.signal(which, handler)
 
 
+def same_shape(saved: Tensor, wanted: Tensor) -> Tensor:
+    """`saved`, if it has the shape of `wanted`: copy_ would repeat a smaller one. Raises ValueError."""
+    if saved.shape != wanted.shape:
+        raise ValueError(f"{tuple(saved.shape)} in place of {tuple(wanted.shape)}")
+    return saved
+
+
 class Learner:
     """Weights in training, with their optimiser and their running averages.
 
@@ -138,16 +145,14 @@ class Learner:
             if {k for k in tensors if k.startswith(prefix)} != {prefix + k for k in group}:
                 raise KeyError(prefix)
             for key, value in group.items():
-                if tensors[prefix + key].shape != value.shape:  # copy_ would repeat the smaller one
-                    raise ValueError(prefix + key)
-                value.copy_(tensors[prefix + key])
+                value.copy_(same_shape(tensors[prefix + key], value))
         state: dict[int, dict] = {}
         for key, value in tensors.items():
             if key.startswith("adam."):
                 _, index, entry = key.split(".", 2)
                 parameter = self.optimizer.param_groups[0]["params"][int(index)]
                 if value.ndim:  # in the parameter's memory layout, which the file does not keep and the fused kernels rely on
-                    value = torch.empty_like(parameter).copy_(value)
+                    value = torch.empty_like(parameter).copy_(same_shape(value, parameter))
                 state.setdefault(int(index), {})[entry] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 

@@ -352,6 +352,7 @@ def test_a_state_of_other_shapes_or_steps_is_refused(tmp_path):
     for tampered, changes, message in (
         (tensors | {"model/raw.network.first.bias": torch.zeros(1)}, {}, "another shape"),
         (tensors | {"model/adam.x.step": torch.zeros(())}, {}, "another shape"),
+        (tensors | {"model/adam.0.exp_avg": torch.zeros(1)}, {}, "another shape"),
         (tensors, {"step": "12"}, "step 12 .* are not those"),
         (tensors, {"step": 13}, "step 13 .* are not those"),
         (tensors, {"elapsed": None}, "seconds None"),
