@@ -21,7 +21,6 @@ W = 2.0
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """A pipeline whose UNet has seen enough to be worth distilling. Its latents are coarse pictures: 8x8 RGB and their grey."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("teacher")
     captions, pictures = drawn()
     pipe = untrained_pipeline(folder, captions, channels=(16, 32))

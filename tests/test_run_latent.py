@@ -16,7 +16,6 @@ QUICK = ["--preset", "tiny", "--vae-iterations", "20", "--teacher-iterations", "
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A quick run of two recipes: one model for all step counts, and one per K."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs")
     assert run_latent.run([*QUICK, "--recipe", "mlcm", "mcm", "--out", str(folder / "out")]) == 0
     return folder

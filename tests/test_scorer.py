@@ -12,7 +12,6 @@ from mcm.training import Training
 
 @pytest.fixture(scope="module")
 def scorer(tmp_path_factory):
-    torch.set_num_threads(1)
     captions, pictures = drawn()
     return train_scorer(pictures, captions, Training(80, 64, lr=2e-3), tmp_path_factory.mktemp("scorer") / "s.safetensors")
 

@@ -14,7 +14,6 @@ from mcm.training import Training
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    torch.set_num_threads(1)
     captions, pictures = drawn()
     folder = tmp_path_factory.mktemp("tiny") / "pipe"
     tiny_sdxl.train_tiny_sdxl(captions, pictures, folder, Training(60, 16, lr=1e-3), Training(30, 16, lr=1e-3))
