@@ -87,7 +87,7 @@ def test_guided_sampling_is_the_stock_pipeline(sdxl):
     one = mcm.guided(sdxl.denoiser(), 1.0, unconditional)
     t = torch.full((2,), 0.6, dtype=torch.float64)
     guided, plain = one(z, t, sdxl.encode(ENGLISH[:2])), sdxl.denoiser()(z, t, sdxl.encode(ENGLISH[:2]))
-    assert (guided - plain).abs().max() < 1e-4 * plain.abs().max()  # a batch twice as large rounds differently
+    assert (guided - plain).abs().max() < 1e-5 * plain.abs().max()  # a batch twice as large rounds differently
 
 
 def test_a_lora_that_is_off_leaves_the_teacher_exactly_as_it_was(sdxl):
