@@ -20,30 +20,51 @@ from mcm.recipes import RECIPES, Phase, Recipe, mlcm_latent, scott_latent, tlcm_
 
 def variant(recipe: Recipe, phases: tuple[Phase, ...], **changes) -> Recipe:
     """These phases with their stages changed, sampled as the recipe is."""
-    changed = tuple(dataclasses.replace(p, stage=dataclasses.replace(p.stage, **changes)) for p in phases)
+    changed = tuple(
+        dataclasses.replace(p, stage=dataclasses.replace(p.stage, **changes)) for p in phases
+    )
     return Recipe(changed, recipe.renoise, f"{recipe.summary.split(':')[0]}, an ablation")
 
 
 def segments(*numbers: int, **changes) -> Recipe:
     """MLCM without its last phase, the preference, on these numbers of segments, one after the other."""
     recipe = mlcm_latent(4)
-    return variant(recipe, tuple(p for p in recipe.phases[:-1] if p.stage.student_steps in numbers), **changes)
+    return variant(
+        recipe, tuple(p for p in recipe.phases[:-1] if p.stage.student_steps in numbers), **changes
+    )
 
 
 def scott(noise, adversary: bool) -> Recipe:
     """SCott without its averaged target, and compared as velocities: as it is, so short a run stays near the teacher's weights whatever its steps."""
     recipe = scott_latent(4)
     extra = recipe.phases[0].stage.extra if adversary else ()
-    return variant(recipe, recipe.phases, noise=noise, order=2 if noise == "er5" else 1, extra=extra, weight="v", target_ema=None)
+    return variant(
+        recipe,
+        recipe.phases,
+        noise=noise,
+        order=2 if noise == "er5" else 1,
+        extra=extra,
+        weight="v",
+        target_ema=None,
+    )
 
 
 tlcm = tlcm_latent(4)
 # With the printed shares and rates the later phases of so short a run are two dozen small steps. Here they get more, at the full rate.
-TLCM_PHASES = tuple(dataclasses.replace(phase, share=share, lr=1.0, critic_lr=1.0) for phase, share in zip(tlcm.phases, (0.4, 0.35, 0.05, 0.2)))
+TLCM_PHASES = tuple(
+    dataclasses.replace(phase, share=share, lr=1.0, critic_lr=1.0)
+    for phase, share in zip(tlcm.phases, (0.4, 0.35, 0.05, 0.2))
+)
 GROUPS: dict[str, tuple[str, dict[str, Recipe]]] = {
     "progressive": (
         "TLCM (arXiv 2406.05768v6), table 2, FID in 4 steps: one segment 32.9, eight segments 27.0. MLCM (v1): ever fewer segments.",
-        {"8-4-2-1": segments(8, 4, 2, 1), "8-4-2": segments(8, 4, 2), "only-8": segments(8), "only-2": segments(2), "only-1": segments(1)},
+        {
+            "8-4-2-1": segments(8, 4, 2, 1),
+            "8-4-2": segments(8, 4, 2),
+            "only-8": segments(8),
+            "only-2": segments(2),
+            "only-1": segments(1),
+        },
     ),
     "states": (
         "TLCM (v6): states from the teacher's own denoising do without images (table 2 has them against single-step ones, not images).",
@@ -55,7 +76,15 @@ GROUPS: dict[str, tuple[str, dict[str, Recipe]]] = {
     ),
     "scott": (
         "SCott (arXiv 2403.01505), FID in 2 steps: eta 0 27.4, 0.2 25.2, 0.6 29.7, ER-SDE 5 24.9; no adversary 25.0, with it 21.9.",
-        {name: scott(noise, False) for name, noise in {"eta-0": 0.0, "eta-0.2": 0.2, "eta-0.6": 0.6, "er-sde-5": "er5"}.items()}
+        {
+            name: scott(noise, False)
+            for name, noise in {
+                "eta-0": 0.0,
+                "eta-0.2": 0.2,
+                "eta-0.6": 0.6,
+                "er-sde-5": "er5",
+            }.items()
+        }
         | {"eta-0-adversary": scott(0.0, True), "er-sde-5-adversary": scott("er5", True)},
     ),
 }
@@ -65,7 +94,12 @@ def main(argv: list[str]) -> int:
     names = list(takewhile([*GROUPS, "all"].__contains__, argv))
     if not names:
         print(__doc__)
-        print("\n".join(f"{name}: {', '.join(variants)}\n    {claim}" for name, (claim, variants) in GROUPS.items()))
+        print(
+            "\n".join(
+                f"{name}: {', '.join(variants)}\n    {claim}"
+                for name, (claim, variants) in GROUPS.items()
+            )
+        )
         return 0 if argv in ([], ["--help"], ["-h"]) else 2
     rest, variants = argv[len(names) :], {}
     for name in GROUPS if "all" in names else names:

@@ -19,9 +19,13 @@ from mcm.data import digits
 
 out = Path(sys.argv[1])
 data = digits()
-classifier, _ = metrics.train_classifier(data, 300, out.parent / f"features-digits-{data.fingerprint()}-300.safetensors")
+classifier, _ = metrics.train_classifier(
+    data, 300, out.parent / f"features-digits-{data.fingerprint()}-300.safetensors"
+)
 real = metrics.embed(classifier, data.images)[0]
-z = torch.randn(len(data.labels), *data.image_shape, generator=torch.Generator().manual_seed(1_000_000))
+z = torch.randn(
+    len(data.labels), *data.image_shape, generator=torch.Generator().manual_seed(1_000_000)
+)
 
 
 def distance(model: mcm.Denoiser, steps: int, solver=mcm.ddim) -> float:
@@ -31,7 +35,9 @@ def distance(model: mcm.Denoiser, steps: int, solver=mcm.ddim) -> float:
 
 teacher = mcm.load(out / "teacher.safetensors")
 base = distance(teacher, 64)
-print(f"| model | steps | Fréchet | over the teacher's 64 steps |\n|---|---|---|---|\n| teacher | 64 | {base:.3f} | 1 |")
+print(
+    f"| model | steps | Fréchet | over the teacher's 64 steps |\n|---|---|---|---|\n| teacher | 64 | {base:.3f} | 1 |"
+)
 for K in (1, 2, 4, 8):
     for name, model, steps, solver in (
         ("teacher, DDIM", teacher, 2 * K, mcm.ddim),

@@ -35,8 +35,20 @@ from mcm.training import Learner
 
 # what varies; the rest is (channels, image size, batch) as in the first line
 GRIDS = {
-    "cpu": {"base": (32, 16, 32), "parameters": (16, 32, 48, 64), "resolution": (8, 16, 32, 64), "batch": (1, 4, 16, 64), "steps": (1, 2, 4, 8, 16)},
-    "cuda": {"base": (144, 32, 256), "parameters": (48, 96, 144, 192, 256), "resolution": (8, 16, 32, 64), "batch": (16, 64, 256, 1024, 2048), "steps": (1, 2, 4, 8, 16)},
+    "cpu": {
+        "base": (32, 16, 32),
+        "parameters": (16, 32, 48, 64),
+        "resolution": (8, 16, 32, 64),
+        "batch": (1, 4, 16, 64),
+        "steps": (1, 2, 4, 8, 16),
+    },
+    "cuda": {
+        "base": (144, 32, 256),
+        "parameters": (48, 96, 144, 192, 256),
+        "resolution": (8, 16, 32, 64),
+        "batch": (16, 64, 256, 1024, 2048),
+        "steps": (1, 2, 4, 8, 16),
+    },
 }
 
 
@@ -68,26 +80,49 @@ def peak(device: torch.device, repeats: int) -> float:
     another library's work (on AMD's often a faster one)."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    image, kernel = (x.contiguous(memory_format=torch.channels_last) for x in (a.view(1, n, 1, n), b.view(n, n, 1, 1)))
+    image, kernel = (
+        x.contiguous(memory_format=torch.channels_last)
+        for x in (a.view(1, n, 1, n), b.view(n, n, 1, 1))
+    )
     products = (lambda: a @ b, lambda: torch.nn.functional.conv2d(image, kernel))
-    return 2 * n**3 / min(timed(product, device, 1) for product in products for _ in range(2 * repeats))
+    return (
+        2
+        * n**3
+        / min(timed(product, device, 1) for product in products for _ in range(2 * repeats))
+    )
 
 
 def network(channels: int, size: int, device: torch.device) -> mcm.UNet:
     return mcm.UNet(size, 3, channels, (1, 2, 4), 1, attention=(size // 2,), classes=10).to(device)
 
 
-def training(channels: int, size: int, batch: int, device: torch.device, args: argparse.Namespace) -> dict:
+def training(
+    channels: int, size: int, batch: int, device: torch.device, args: argparse.Namespace
+) -> dict:
     """One point: a training step of this network on images of this size."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network(channels, size, torch.device("meta"))(torch.empty(batch, 3, size, size), torch.empty(batch), torch.empty(batch, dtype=torch.long)).sum().backward()
+        network(channels, size, torch.device("meta"))(
+            torch.empty(batch, 3, size, size),
+            torch.empty(batch),
+            torch.empty(batch, dtype=torch.long),
+        ).sum().backward()
     unet = network(channels, size, device)
-    x, labels = torch.rand(batch, 3, size, size, device=device) * 2 - 1, torch.randint(10, (batch,), device=device)
+    x, labels = (
+        torch.rand(batch, 3, size, size, device=device) * 2 - 1,
+        torch.randint(10, (batch,), device=device),
+    )
     torch._dynamo.reset()  # or after some sizes it would stop compiling, silently
-    model, learner = mcm.Denoiser(torch.compile(unet, dynamic=False) if args.compile else unet, mcm.CosineSchedule()), Learner(dict(unet.named_parameters()), 1.0)
+    model, learner = (
+        mcm.Denoiser(
+            torch.compile(unet, dynamic=False) if args.compile else unet, mcm.CosineSchedule()
+        ),
+        Learner(dict(unet.named_parameters()), 1.0),
+    )
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False
+        ):
             loss = mcm.diffusion_loss(model, x, labels).loss
         loss.backward()
         learner.update(1e-5, 0)
@@ -97,14 +132,31 @@ def training(channels: int, size: int, batch: int, device: torch.device, args: a
     seconds = timed(step, device, args.repeats)
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     count = sum(p.numel() for p in unet.parameters())
-    return {"parameters": count, "size": size, "batch": batch, "images_per_second": batch / seconds, "flops": counter.get_total_flops() / seconds, "memory_gib": memory}
+    return {
+        "parameters": count,
+        "size": size,
+        "batch": batch,
+        "images_per_second": batch / seconds,
+        "flops": counter.get_total_flops() / seconds,
+        "memory_gib": memory,
+    }
 
 
-def sampling(channels: int, size: int, batch: int, steps: tuple[int, ...], device: torch.device, args: argparse.Namespace) -> list[dict]:
+def sampling(
+    channels: int,
+    size: int,
+    batch: int,
+    steps: tuple[int, ...],
+    device: torch.device,
+    args: argparse.Namespace,
+) -> list[dict]:
     """mcm.sample in K steps beside K calls of the bare network."""
     unet = network(channels, size, device).eval().requires_grad_(False)
     model = mcm.Denoiser(unet, mcm.CosineSchedule())
-    z, labels = torch.randn(batch, 3, size, size, device=device), torch.randint(10, (batch,), device=device)
+    z, labels = (
+        torch.randn(batch, 3, size, size, device=device),
+        torch.randint(10, (batch,), device=device),
+    )
     t = torch.rand(batch, device=device, dtype=torch.float64)
 
     @torch.no_grad()
@@ -117,9 +169,18 @@ def sampling(channels: int, size: int, batch: int, steps: tuple[int, ...], devic
         for K in steps:
             works = partial(mcm.sample, model, z, K, labels), partial(bare, K)
             calls = min(enough(work, device) for work in works)
-            pairs = [[per_call(work, device, calls) for work in works] for _ in range(4 * args.repeats)]
+            pairs = [
+                [per_call(work, device, calls) for work in works] for _ in range(4 * args.repeats)
+            ]
             low, middle, high = statistics.quantiles((a / b for a, b in pairs), n=4)
-            rows.append({"steps": K, "seconds_per_image": statistics.median(a for a, _ in pairs) / batch, "over_forwards": middle, "quartiles": [low, high]})
+            rows.append(
+                {
+                    "steps": K,
+                    "seconds_per_image": statistics.median(a for a, _ in pairs) / batch,
+                    "over_forwards": middle,
+                    "quartiles": [low, high],
+                }
+            )
     return rows
 
 
@@ -134,26 +195,55 @@ def draw(result: dict, path: Path) -> None:
         axis.xaxis.set_minor_locator(NullLocator()), axis.yaxis.set_minor_locator(NullLocator())
         axis.margins(0.15)
 
-    for axis, (what, label) in zip(axes, (("parameters", "parameters"), ("size", "image size, pixels"), ("batch", "batch"))):
-        rows = result["parameters" if what == "parameters" else "resolution" if what == "size" else "batch"]
-        line(axis, [r[what] for r in rows], [1000 / r["images_per_second"] for r in rows], [f"{r[what] / 1e6:.1f} M" if what == "parameters" else str(r[what]) for r in rows])
+    for axis, (what, label) in zip(
+        axes, (("parameters", "parameters"), ("size", "image size, pixels"), ("batch", "batch"))
+    ):
+        rows = result[
+            "parameters" if what == "parameters" else "resolution" if what == "size" else "batch"
+        ]
+        line(
+            axis,
+            [r[what] for r in rows],
+            [1000 / r["images_per_second"] for r in rows],
+            [f"{r[what] / 1e6:.1f} M" if what == "parameters" else str(r[what]) for r in rows],
+        )
         axis.set(xlabel=label, ylabel="ms per image, training")
         for r in rows:
-            axis.annotate(f"{r['flops'] / result['peak']:.0%}", (r[what], 1000 / r["images_per_second"]), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    line(axes[3], [r["steps"] for r in result["steps"]], [1000 * r["seconds_per_image"] for r in result["steps"]], [str(r["steps"]) for r in result["steps"]])
+            axis.annotate(
+                f"{r['flops'] / result['peak']:.0%}",
+                (r[what], 1000 / r["images_per_second"]),
+                textcoords="offset points",
+                xytext=(4, 4),
+                fontsize=8,
+            )
+    line(
+        axes[3],
+        [r["steps"] for r in result["steps"]],
+        [1000 * r["seconds_per_image"] for r in result["steps"]],
+        [str(r["steps"]) for r in result["steps"]],
+    )
     axes[3].set(xlabel="sampling steps K", ylabel="ms per image, sampling")
-    figure.suptitle(f"{result['hardware']}: cost per image; beside each point the share of the peak of a matrix product ({result['peak'] / 1e12:.2g} TFLOP/s)", fontsize=10)
+    figure.suptitle(
+        f"{result['hardware']}: cost per image; beside each point the share of the peak of a matrix product ({result['peak'] / 1e12:.2g} TFLOP/s)",
+        fontsize=10,
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3, help="(default: 3)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU (default: 1)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network in training")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write costs-DEVICE.json and costs-DEVICE.png here")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the network in training"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write costs-DEVICE.json and costs-DEVICE.png here"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -162,10 +252,24 @@ def main(argv: list[str]) -> int:
         torch.cuda.set_device(device)  # which memory and synchronisation below are about
     grid = GRIDS[device.type]
     channels, size, batch = grid["base"]
-    result = {"hardware": describe(device), "torch": torch.__version__, "python": platform.python_version(), "compile": args.compile, "peak": peak(device, args.repeats)}
-    print(f"{result['hardware']}, torch {torch.__version__}; a matrix product reaches {result['peak'] / 1e12:.3g} TFLOP/s\n")
-    print("| parameters | size | batch | images/s in training | GFLOP/s | of the peak | GiB |\n|---|---|---|---|---|---|---|")
-    for what, point in (("parameters", lambda v: (v, size, batch)), ("resolution", lambda v: (channels, v, batch)), ("batch", lambda v: (channels, size, v))):
+    result = {
+        "hardware": describe(device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "compile": args.compile,
+        "peak": peak(device, args.repeats),
+    }
+    print(
+        f"{result['hardware']}, torch {torch.__version__}; a matrix product reaches {result['peak'] / 1e12:.3g} TFLOP/s\n"
+    )
+    print(
+        "| parameters | size | batch | images/s in training | GFLOP/s | of the peak | GiB |\n|---|---|---|---|---|---|---|"
+    )
+    for what, point in (
+        ("parameters", lambda v: (v, size, batch)),
+        ("resolution", lambda v: (channels, v, batch)),
+        ("batch", lambda v: (channels, size, v)),
+    ):
         result[what] = []
         for value in grid[what]:
             try:
@@ -175,11 +279,16 @@ def main(argv: list[str]) -> int:
                 continue
             result[what].append(row)
             memory = "" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
-            print(f"| {row['parameters'] / 1e6:.2f} M | {row['size']} | {row['batch']} | {row['images_per_second']:.0f} | {row['flops'] / 1e9:.0f} | {row['flops'] / result['peak']:.0%} | {memory} |", flush=True)
+            print(
+                f"| {row['parameters'] / 1e6:.2f} M | {row['size']} | {row['batch']} | {row['images_per_second']:.0f} | {row['flops'] / 1e9:.0f} | {row['flops'] / result['peak']:.0%} | {memory} |",
+                flush=True,
+            )
     result["steps"] = sampling(channels, size, batch, grid["steps"], device, args)
     print("\n| K | ms per image | over K forward passes [quartiles] |\n|---|---|---|")
     for row in result["steps"]:
-        print(f"| {row['steps']} | {1000 * row['seconds_per_image']:.2f} | {row['over_forwards']:.3f} [{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}] |")
+        print(
+            f"| {row['steps']} | {1000 * row['seconds_per_image']:.2f} | {row['over_forwards']:.3f} [{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}] |"
+        )
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         write(args.out / f"costs-{device.type}.json", json.dumps(result, indent=1) + "\n")

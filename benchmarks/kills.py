@@ -38,21 +38,29 @@ def start(out: Path, resume: bool) -> int:
     os.dup2(silence, 1), os.dup2(silence, 2)
     code = 1
     with contextlib.suppress(BaseException):
-        code = run_cifar.run([*RUN.split(), *sys.argv[2:], "--out", str(out), *["--resume"] * resume])
+        code = run_cifar.run(
+            [*RUN.split(), *sys.argv[2:], "--out", str(out), *["--resume"] * resume]
+        )
     os._exit(code)
 
 
 def finish(out: Path, resume: bool) -> None:
     code = os.waitstatus_to_exitcode(os.waitpid(start(out, resume), 0)[1])
     if code:
-        sys.exit(f"a run ended with exit code {code}: see it for yourself with python run_cifar.py {RUN}")
+        sys.exit(
+            f"a run ended with exit code {code}: see it for yourself with python run_cifar.py {RUN}"
+        )
 
 
 def killed(out: Path, resume: bool, seconds: float, writing: bool = False) -> bool:
     """Start, wait (with `writing`: on, until a file is being written), kill; -> whether the run was still alive."""
     pid = start(out, resume)
     time.sleep(seconds)
-    while writing and not list(out.glob("*.partial")) and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+    while (
+        writing
+        and not list(out.glob("*.partial"))
+        and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    ):
         pass
     alive = os.waitpid(pid, os.WNOHANG)[0] == 0
     if alive:
@@ -77,10 +85,14 @@ def where(out: Path) -> str:
 def same(a: Path, b: Path) -> bool:
     for name in OUTPUTS:
         first, second = (read_safetensors(out / f"{name}.safetensors")[0] for out in (a, b))
-        if first.keys() != second.keys() or not all(torch.equal(first[k], second[k]) for k in first):
+        if first.keys() != second.keys() or not all(
+            torch.equal(first[k], second[k]) for k in first
+        ):
             return False
     first, second = (json.loads((out / "results.json").read_text())["rows"] for out in (a, b))
-    return [{k: v for k, v in row.items() if k != "seconds_per_image"} for row in first] == [{k: v for k, v in row.items() if k != "seconds_per_image"} for row in second]
+    return [{k: v for k, v in row.items() if k != "seconds_per_image"} for row in first] == [
+        {k: v for k, v in row.items() if k != "seconds_per_image"} for row in second
+    ]
 
 
 def main(kills: int) -> int:
@@ -106,7 +118,10 @@ def main(kills: int) -> int:
         finish(out, True)
         equal = same(folder / "whole" / "run", out)
         bad += not equal
-        print(f"kill {done:2}: {', then '.join(at)}: {'identical' if equal else 'DIFFERENT'}", flush=True)
+        print(
+            f"kill {done:2}: {', then '.join(at)}: {'identical' if equal else 'DIFFERENT'}",
+            flush=True,
+        )
     print(f"{done} kills, {bad} runs that ended differently")
     shutil.rmtree(folder)
     return 1 if bad else 0

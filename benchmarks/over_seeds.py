@@ -19,17 +19,27 @@ def with_ratios(rows: list[dict]) -> dict[tuple, dict]:
     """Rows by (name, sampler, steps, NFE); students with their ratio."""
     plain = [row for row in rows if row["model"].startswith("undistilled")]
     for row in rows:
-        base = [r["frechet"] for r in plain if (r["nfe"], r["sampler"]) == (row["nfe"], row["sampler"])]
+        base = [
+            r["frechet"] for r in plain if (r["nfe"], r["sampler"]) == (row["nfe"], row["sampler"])
+        ]
         row["ratio"] = row["frechet"] / min(base) if base and row["model"] == "student" else None
-    return {(row.get("recipe") or row["model"], row["sampler"], row["steps"], row["nfe"]): row for row in rows}
+    return {
+        (row.get("recipe") or row["model"], row["sampler"], row["steps"], row["nfe"]): row
+        for row in rows
+    }
 
 
 def main(folders: list[str]) -> int:
     if not folders:
         print(__doc__)
         return 2
-    runs = [with_ratios(json.loads((Path(folder) / "results.json").read_text())["rows"]) for folder in folders]
-    print(f"| model | sampler | steps | NFE | {' | '.join(FIGURES)} |\n|{'---|' * (4 + len(FIGURES))}")
+    runs = [
+        with_ratios(json.loads((Path(folder) / "results.json").read_text())["rows"])
+        for folder in folders
+    ]
+    print(
+        f"| model | sampler | steps | NFE | {' | '.join(FIGURES)} |\n|{'---|' * (4 + len(FIGURES))}"
+    )
     for key in runs[0]:
         if not all(key in run for run in runs):
             continue

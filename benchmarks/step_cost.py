@@ -24,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mcm
 from mcm import recipes
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("--size", type=int, default=8, choices=[8, 32], help="image size (default: 8)")
 parser.add_argument("--batch", type=int, default=128, help="(default: 128)")
 parser.add_argument("--repeats", type=int, default=15, help="(default: 15)")
@@ -37,10 +39,19 @@ torch.set_num_threads(args.threads)
 if args.device != "cpu":
     torch.cuda.set_device(args.device if ":" in args.device else 0)
 torch.manual_seed(0)
-shape = dict(in_channels=1, channels=48, multipliers=(1, 1), blocks=1, attention=(4,)) if args.size == 8 else dict(in_channels=3, channels=32)
+shape = (
+    dict(in_channels=1, channels=48, multipliers=(1, 1), blocks=1, attention=(4,))
+    if args.size == 8
+    else dict(in_channels=3, channels=32)
+)
 network = mcm.UNet(image_size=args.size, classes=10, **shape)
 student = mcm.Denoiser(network, mcm.CosineSchedule()).to(args.device)
-teacher = mcm.Denoiser(mcm.UNet(**network.arguments), mcm.CosineSchedule()).to(args.device).requires_grad_(False).eval()
+teacher = (
+    mcm.Denoiser(mcm.UNet(**network.arguments), mcm.CosineSchedule())
+    .to(args.device)
+    .requires_grad_(False)
+    .eval()
+)
 optimizer = torch.optim.Adam(student.parameters(), 1e-5, fused=True)
 x = torch.rand(args.batch, shape["in_channels"], args.size, args.size, device=args.device) * 2 - 1
 labels = torch.randint(10, (args.batch,), device=args.device)
@@ -56,7 +67,9 @@ def timed(loss) -> float:
     if args.device != "cpu":
         torch.cuda.synchronize()
     started = time.perf_counter()
-    with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.device != "cpu", cache_enabled=False):
+    with torch.autocast(
+        args.device.split(":")[0], torch.bfloat16, enabled=args.device != "cpu", cache_enabled=False
+    ):
         output = loss()
     output.loss.backward()
     optimizer.step()
@@ -75,13 +88,33 @@ for _ in range(args.repeats):
 
 device = torch.cuda.get_device_name() if args.device != "cpu" else f"cpu, {args.threads} threads"
 parameters = sum(p.numel() for p in network.parameters()) / 1e6
-print(f"{parameters:.2f} M parameters, {args.size}x{args.size}, batch {args.batch}, {device}, torch {torch.__version__}, median of {args.repeats} [quartiles]")
+print(
+    f"{parameters:.2f} M parameters, {args.size}x{args.size}, batch {args.batch}, {device}, torch {torch.__version__}, median of {args.repeats} [quartiles]"
+)
 print("| step | ms | over the teacher's step | limit |\n|---|---|---|---|")
-figures = {"command": "python benchmarks/step_cost.py " + " ".join(Path(a).name for a in sys.argv[1:]), "parameters_millions": round(parameters, 3), "size": args.size, "batch": args.batch, "device": device, "torch": torch.__version__, "python": platform.python_version()}
+figures = {
+    "command": "python benchmarks/step_cost.py " + " ".join(Path(a).name for a in sys.argv[1:]),
+    "parameters_millions": round(parameters, 3),
+    "size": args.size,
+    "batch": args.batch,
+    "device": device,
+    "torch": torch.__version__,
+    "python": platform.python_version(),
+}
 for name, limit in (("teacher", ""), ("ct", "4/3"), ("cd", "5/3")):
     ratios = sorted(a / b for a, b in zip(seconds[name], seconds["teacher"]))
-    low, middle, high = ratios[len(ratios) // 4], statistics.median(ratios), ratios[3 * len(ratios) // 4]
-    print(f"| {name} | {1000 * statistics.median(seconds[name]):.1f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {limit} |")
-    figures[name] = {"milliseconds": 1000 * statistics.median(seconds[name]), "ratio": middle, "quartiles": [low, high]}
+    low, middle, high = (
+        ratios[len(ratios) // 4],
+        statistics.median(ratios),
+        ratios[3 * len(ratios) // 4],
+    )
+    print(
+        f"| {name} | {1000 * statistics.median(seconds[name]):.1f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {limit} |"
+    )
+    figures[name] = {
+        "milliseconds": 1000 * statistics.median(seconds[name]),
+        "ratio": middle,
+        "quartiles": [low, high],
+    }
 if args.json:
     args.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -12,6 +12,23 @@ from .unet import UNet
 __version__ = "0.1.0"
 
 __all__ = [
-    "CosineSchedule", "Denoiser", "DiscreteSchedule", "GaussianMixture", "InputError", "LossOutput", "Stage", "UNet",
-    "addim", "consistency_loss", "ddim", "diffusion_loss", "er_sde", "guided", "inverse_ddim", "load", "renoise", "sample", "save",
-]  # fmt: skip
+    "CosineSchedule",
+    "Denoiser",
+    "DiscreteSchedule",
+    "GaussianMixture",
+    "InputError",
+    "LossOutput",
+    "Stage",
+    "UNet",
+    "addim",
+    "consistency_loss",
+    "ddim",
+    "diffusion_loss",
+    "er_sde",
+    "guided",
+    "inverse_ddim",
+    "load",
+    "renoise",
+    "sample",
+    "save",
+]

@@ -16,19 +16,33 @@ from .errors import InputError
 
 def pick_device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    available = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    available = (
+        ["cpu"]
+        + ["cuda"] * torch.cuda.is_available()
+        + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    )
     if name not in available:
-        raise InputError(f"--device {name} was asked for, but this machine with this build of PyTorch has only {', '.join(available)}: use --device cpu")
+        raise InputError(
+            f"--device {name} was asked for, but this machine with this build of PyTorch has only {', '.join(available)}: use --device cpu"
+        )
     return torch.device(name)
 
 
 def pick_precision(name: str | None, device: torch.device) -> str:
     """bf16 where a GPU computes in it, if nothing else is asked for."""
-    return name or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32")
+    return name or (
+        "bf16"
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        else "fp32"
+    )
 
 
 def describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads"
+    )
 
 
 def digest(path: Path) -> str:
@@ -55,22 +69,34 @@ def open_out(out: Path, mine: dict, resume: bool) -> None:
         (out / ".writable").touch()
         (out / ".writable").unlink()
     except OSError as error:
-        raise InputError(f"--out {out} cannot be written to ({error.strerror}): choose another folder") from None
+        raise InputError(
+            f"--out {out} cannot be written to ({error.strerror}): choose another folder"
+        ) from None
     if (marker.exists() or (out / "results.json").exists()) and not resume:
-        raise InputError(f"{out} holds another run's results: go on with it by --resume, or choose another --out")
+        raise InputError(
+            f"{out} holds another run's results: go on with it by --resume, or choose another --out"
+        )
     if marker.exists():
         theirs = json.loads(marker.read_text())
         differ = [k for k in mine if theirs.get(k) != mine[k]]
         if differ:
             old, new = (", ".join(f"{k} {a.get(k)}" for k in differ) for a in (theirs, mine))
-            raise InputError(f"{out} holds a run with {old}, but now it is {new}: give the old values, or choose another --out")
+            raise InputError(
+                f"{out} holds a run with {old}, but now it is {new}: give the old values, or choose another --out"
+            )
     write(marker, json.dumps(mine))
 
 
 def recorded(script: str, argv: list[str]) -> str:
     """The command, of every path only the last component."""
     parts = [part.split("=", 1) for part in argv]
-    return shlex.join(["python", script, *("=".join(Path(p).name if os.sep in p else p for p in part) for part in parts)])
+    return shlex.join(
+        [
+            "python",
+            script,
+            *("=".join(Path(p).name if os.sep in p else p for p in part) for part in parts),
+        ]
+    )
 
 
 def run(script: str, main: Callable[[list[str]], None], argv: list[str]) -> int:
@@ -81,7 +107,9 @@ def run(script: str, main: Callable[[list[str]], None], argv: list[str]) -> int:
         print(f"{script}: error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        if not isinstance(
+            error, (MemoryError, torch.OutOfMemoryError)
+        ) and "can't allocate memory" not in str(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else "the system refused more"
         print(
@@ -93,7 +121,10 @@ def run(script: str, main: Callable[[list[str]], None], argv: list[str]) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"{script}: error: {error}. What was saved before is intact: make room, and go on with --resume.", file=sys.stderr)
+        print(
+            f"{script}: error: {error}. What was saved before is intact: make room, and go on with --resume.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("\nstopped; go on with --resume", file=sys.stderr)

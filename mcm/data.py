@@ -38,7 +38,9 @@ class ImageData:
     classes: int
 
     def to(self, device: torch.device) -> "ImageData":
-        tensors = (a.to(device) for a in (self.images, self.labels, self.held_images, self.held_labels))
+        tensors = (
+            a.to(device) for a in (self.images, self.labels, self.held_images, self.held_labels)
+        )
         return ImageData(self.name, *tensors, self.classes)
 
     @property
@@ -49,7 +51,9 @@ class ImageData:
     def fingerprint(self) -> str:
         """12 hex digits that change with the training images or labels (from at most 4,096 of them: enough to tell data sets apart)."""
         rows = torch.linspace(0, len(self.images) - 1, min(len(self.images), 4096)).long()
-        sample = b"".join(a[rows.to(a.device)].cpu().numpy().tobytes() for a in (self.images, self.labels))
+        sample = b"".join(
+            a[rows.to(a.device)].cpu().numpy().tobytes() for a in (self.images, self.labels)
+        )
         return hashlib.sha256(f"{self.name} {len(self.images)} ".encode() + sample).hexdigest()[:12]
 
 
@@ -81,19 +85,28 @@ def averaged(data: ImageData, image_size: int | None) -> ImageData:
     if image_size in (None, size):
         return data
     if image_size < 1 or size % image_size:
-        raise InputError(f"{data.name} has images of {size} pixels, which cannot be averaged down to {image_size}: choose {size}, {size // 2} or {size // 4}")
+        raise InputError(
+            f"{data.name} has images of {size} pixels, which cannot be averaged down to {image_size}: choose {size}, {size // 2} or {size // 4}"
+        )
 
     def shrunk(images: Tensor) -> Tensor:
-        parts = [F.avg_pool2d(part.float(), size // image_size).round().byte() for part in images.split(10_000)]
+        parts = [
+            F.avg_pool2d(part.float(), size // image_size).round().byte()
+            for part in images.split(10_000)
+        ]
         return torch.cat(parts)
 
     return replace(data, images=shrunk(data.images), held_images=shrunk(data.held_images))
 
 
-def hold_out(name: str, images: Tensor, labels: Tensor, classes: int, n: int | None = None) -> ImageData:
+def hold_out(
+    name: str, images: Tensor, labels: Tensor, classes: int, n: int | None = None
+) -> ImageData:
     """Set n random images aside (default: a tenth, at most 1,000), the same ones in every run whatever its seed."""
     if len(images) < 20:
-        raise InputError(f"{len(images)} images are too few to train on: at least 20 are needed, and thousands to learn from")
+        raise InputError(
+            f"{len(images)} images are too few to train on: at least 20 are needed, and thousands to learn from"
+        )
     n = min(1000, len(images) // 10) if n is None else n
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held, kept = order[:n].sort().values, order[n:].sort().values
@@ -119,7 +132,11 @@ class ArrayUnpickler(pickle.Unpickler):
     """Reads the python version's files, which are pickles, and nothing but plain containers and numpy arrays in them."""
 
     def find_class(self, module: str, name: str):
-        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype") or (module, name) == ("_codecs", "encode"):
+        if (
+            module.split(".")[0] == "numpy"
+            and name in ("_reconstruct", "ndarray", "dtype")
+            or (module, name) == ("_codecs", "encode")
+        ):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 file needs")
 
@@ -131,7 +148,9 @@ def cifar10(data_dir: Path) -> ImageData:
     downloads the python version through torchvision if there is neither.
     """
     places = (data_dir, data_dir / "cifar-10-batches-py", data_dir / "cifar-10-batches-bin")
-    found = [(p, end) for p in places for end in ("", ".bin") if (p / f"data_batch_1{end}").is_file()]
+    found = [
+        (p, end) for p in places for end in ("", ".bin") if (p / f"data_batch_1{end}").is_file()
+    ]
     if not found:
         existed = data_dir.exists()
         try:
@@ -161,10 +180,14 @@ def cifar_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"{path} is missing: the training set has five batches")
     size = path.stat().st_size
     if size != CIFAR_FILE:
-        raise InputError(f"{path} has {size:,} bytes instead of {CIFAR_FILE:,}: truncated, or not CIFAR-10's binary version. Fetch it again.")
+        raise InputError(
+            f"{path} has {size:,} bytes instead of {CIFAR_FILE:,}: truncated, or not CIFAR-10's binary version. Fetch it again."
+        )
     rows = np.fromfile(path, np.uint8).reshape(-1, CIFAR_ROW)
     if rows[:, 0].max() > 9:
-        raise InputError(f"{path} has labels above 9: this is not CIFAR-10's binary version (CIFAR-100 has two label bytes)")
+        raise InputError(
+            f"{path} has labels above 9: this is not CIFAR-10's binary version (CIFAR-100 has two label bytes)"
+        )
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].astype(np.int64)
 
 
@@ -178,9 +201,13 @@ def cifar_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
         images, labels = np.asarray(batch["data"], np.uint8), np.asarray(batch["labels"], np.int64)
     except Exception as error:  # a damaged pickle can raise nearly anything
         size = path.stat().st_size
-        raise InputError(f"{path} is not readable ({error}): {size:,} bytes found, about 31,035,000 expected. Fetch it again.") from None
+        raise InputError(
+            f"{path} is not readable ({error}): {size:,} bytes found, about 31,035,000 expected. Fetch it again."
+        ) from None
     if images.shape != (10_000, 3072) or labels.shape != (10_000,):
-        raise InputError(f"{path} holds images of shape {images.shape} and labels of shape {labels.shape}, not (10000, 3072) and (10000,)")
+        raise InputError(
+            f"{path} holds images of shape {images.shape} and labels of shape {labels.shape}, not (10000, 3072) and (10000,)"
+        )
     return images.reshape(-1, 3, 32, 32), labels
 
 
@@ -192,12 +219,22 @@ def npz_member(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
             version = np.lib.format.read_magic(file)
-            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            reader = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
             shape, _, dtype = reader(file)
-            if (promised := math.prod(shape) * dtype.itemsize) > (found := archive.getinfo(f"{key}.npy").file_size):
-                raise ValueError(f"its header promises {promised:,} bytes of {key} and {found:,} are there")
+            if (promised := math.prod(shape) * dtype.itemsize) > (
+                found := archive.getinfo(f"{key}.npy").file_size
+            ):
+                raise ValueError(
+                    f"its header promises {promised:,} bytes of {key} and {found:,} are there"
+                )
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path} ({path.stat().st_size:,} bytes) is not a downsampled-ImageNet batch: {error}. Fetch it again.") from None
+        raise InputError(
+            f"{path} ({path.stat().st_size:,} bytes) is not a downsampled-ImageNet batch: {error}. Fetch it again."
+        ) from None
     return shape, dtype
 
 
@@ -208,7 +245,9 @@ def imagenet64(data_dir: Path) -> ImageData:
     """
     paths = sorted(data_dir.glob("train_data_batch_*.npz"), key=lambda p: (len(p.name), p.name))
     if not paths:
-        raise InputError(f"no train_data_batch_*.npz in {data_dir}: put the official 64x64 npz batches there, or point --data-dir at them")
+        raise InputError(
+            f"no train_data_batch_*.npz in {data_dir}: put the official 64x64 npz batches there, or point --data-dir at them"
+        )
     images, labels = read_npz(paths)
     if (data_dir / "val_data.npz").is_file():
         return ImageData("imagenet64", images, labels, *read_npz([data_dir / "val_data.npz"]), 1000)
@@ -221,20 +260,31 @@ def read_npz(paths: list[Path]) -> tuple[Tensor, Tensor]:
     for path in paths:
         (shape, dtype), (label_shape, _) = npz_member(path, "data"), npz_member(path, "labels")
         if len(shape) != 2 or shape[1] != 12288 or dtype != np.uint8 or label_shape != (shape[0],):
-            raise InputError(f"{path}: `data` is {shape} {dtype} with labels {label_shape}; expected (n, 12288) uint8 and (n,)")
+            raise InputError(
+                f"{path}: `data` is {shape} {dtype} with labels {label_shape}; expected (n, 12288) uint8 and (n,)"
+            )
         counts.append(shape[0])
-    images, labels = torch.empty(sum(counts), 3, 64, 64, dtype=torch.uint8), torch.empty(sum(counts), dtype=torch.long)
+    images, labels = (
+        torch.empty(sum(counts), 3, 64, 64, dtype=torch.uint8),
+        torch.empty(sum(counts), dtype=torch.long),
+    )
     start = 0
     for path, n in zip(tqdm(paths, "reading", leave=False), counts):
         try:
             with np.load(path, allow_pickle=False) as file:
                 images[start : start + n] = torch.from_numpy(file["data"].reshape(n, 3, 64, 64))
-                labels[start : start + n] = torch.from_numpy(np.asarray(file["labels"], np.int64)) - 1
+                labels[start : start + n] = (
+                    torch.from_numpy(np.asarray(file["labels"], np.int64)) - 1
+                )
         except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError) as error:
-            raise InputError(f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged: {error}. Fetch it again.") from None
+            raise InputError(
+                f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged: {error}. Fetch it again."
+            ) from None
         start += n
     if labels.min() < 0 or labels.max() > 999:
-        raise InputError(f"labels of {paths[0].parent} run from {labels.min() + 1} to {labels.max() + 1}; the official ones are 1..1000")
+        raise InputError(
+            f"labels of {paths[0].parent} run from {labels.min() + 1} to {labels.max() + 1}; the official ones are 1..1000"
+        )
     return images, labels
 
 
@@ -247,16 +297,22 @@ def folder(data_dir: Path, image_size: int) -> ImageData:
     """
     if not data_dir.is_dir():
         raise InputError(f"{data_dir} is not a folder: point --data-dir at a folder of images")
-    paths = sorted(p for p in data_dir.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+    paths = sorted(
+        p for p in data_dir.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file()
+    )
     if not paths:
-        raise InputError(f"no images in {data_dir} (looked for {', '.join(IMG_EXTENSIONS)}, sub-folders included)")
+        raise InputError(
+            f"no images in {data_dir} (looked for {', '.join(IMG_EXTENSIONS)}, sub-folders included)"
+        )
     group = [p.relative_to(data_dir).parts[0] if p.parent != data_dir else "" for p in paths]
     classes = sorted(set(group))
     images, labels, skipped = [], [], []
     for path, label in zip(tqdm(paths, "reading", leave=False), group):
         try:
             with Image.open(path) as image:
-                image = center_crop(resize(flatten(image), image_size, antialias=True), [image_size, image_size])
+                image = center_crop(
+                    resize(flatten(image), image_size, antialias=True), [image_size, image_size]
+                )
                 images.append(np.array(image).transpose(2, 0, 1))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             skipped.append(path)
@@ -267,7 +323,9 @@ def folder(data_dir: Path, image_size: int) -> ImageData:
         print(f"{len(skipped)} of {len(paths)} images could not be read and were skipped")
     if not images:
         raise InputError(f"none of the {len(paths)} images in {data_dir} could be read")
-    return hold_out("folder", torch.from_numpy(np.stack(images)), torch.tensor(labels), len(classes))
+    return hold_out(
+        "folder", torch.from_numpy(np.stack(images)), torch.tensor(labels), len(classes)
+    )
 
 
 def collected(parts: Iterable[Tensor], folder: Path | None = None) -> Tensor:
@@ -282,16 +340,22 @@ def collected(parts: Iterable[Tensor], folder: Path | None = None) -> Tensor:
             for part in parts:
                 file.write(memoryview(part.contiguous().view(torch.uint8).flatten().numpy()))
                 count += len(part)
-        tensor = torch.from_file(file.name, size=count * part[0].numel(), dtype=part.dtype).view(count, *part.shape[1:])
+        tensor = torch.from_file(file.name, size=count * part[0].numel(), dtype=part.dtype).view(
+            count, *part.shape[1:]
+        )
     except OSError as error:
-        raise InputError(f"{folder} cannot hold the data that is prepared there ({error.strerror}): make room, or choose another --out") from None
+        raise InputError(
+            f"{folder} cannot hold the data that is prepared there ({error.strerror}): make room, or choose another --out"
+        ) from None
     finally:
         with suppress(NameError, OSError):  # a system that cannot remove a mapped file keeps it
             os.unlink(file.name)
     return tensor
 
 
-def captioned_folder(data_dir: Path, image_size: int, folder: Path | None = None) -> tuple[list[str], Tensor]:
+def captioned_folder(
+    data_dir: Path, image_size: int, folder: Path | None = None
+) -> tuple[list[str], Tensor]:
     """Captioned pictures: metadata.jsonl with a `file_name` and a `text` per line (the image-folder convention of the datasets library).
     -> captions, pictures (n, 3, image_size, image_size) uint8, resized and centre-cropped, in an order shuffled once and for all. The
     pictures are kept on disk, if a folder for them is given. Raises InputError, naming the line, for anything missing; unreadable images
@@ -299,12 +363,16 @@ def captioned_folder(data_dir: Path, image_size: int, folder: Path | None = None
     """
     listing = data_dir / "metadata.jsonl"
     if not listing.is_file():
-        raise InputError(f"{listing} is missing: captioned pictures need it, with one line of JSON each, like {{\"file_name\": \"a.png\", \"text\": \"a cat\"}}")
+        raise InputError(
+            f'{listing} is missing: captioned pictures need it, with one line of JSON each, like {{"file_name": "a.png", "text": "a cat"}}'
+        )
     captions, skipped, entries = [], [], []
     try:
         lines = listing.read_text("utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise InputError(f"{listing} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+        raise InputError(
+            f"{listing} is not UTF-8 text (byte {error.start}): save it as UTF-8"
+        ) from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -312,17 +380,23 @@ def captioned_folder(data_dir: Path, image_size: int, folder: Path | None = None
             entry = json.loads(line)
             name, text = entry["file_name"], entry["text"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(f"{listing}, line {number}: no file_name and text in it ({error})") from None
+            raise InputError(
+                f"{listing}, line {number}: no file_name and text in it ({error})"
+            ) from None
         if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
             raise InputError(f"{listing}, line {number}: {name} has no caption")
         entries.append((name, text.strip()))
 
     def readable() -> Iterator[Tensor]:
-        for index in tqdm(np.random.default_rng(0).permutation(len(entries)), "reading", leave=False):
+        for index in tqdm(
+            np.random.default_rng(0).permutation(len(entries)), "reading", leave=False
+        ):
             name, text = entries[index]
             try:
                 with Image.open(data_dir / name) as image:
-                    image = center_crop(resize(flatten(image), image_size, antialias=True), [image_size, image_size])
+                    image = center_crop(
+                        resize(flatten(image), image_size, antialias=True), [image_size, image_size]
+                    )
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 tqdm.write(f"skipping {name}: {error}")
                 skipped.append(name)
@@ -343,4 +417,6 @@ def flatten(image: Image.Image) -> Image.Image:
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image.convert("RGB")
     image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert(
+        "RGB"
+    )

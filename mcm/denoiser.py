@@ -41,21 +41,40 @@ class Denoiser(nn.Module):
     Raises InputError for an unknown prediction, or for epsilon with a schedule whose alpha_1 is 0 (x_hat would be 0 / 0).
     """
 
-    def __init__(self, network: nn.Module, schedule: Schedule, prediction: str = "v", student_steps: int | None = None):
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        prediction: str = "v",
+        student_steps: int | None = None,
+    ):
         super().__init__()
         if prediction not in ("v", "epsilon", "x"):
             raise InputError(f'prediction must be "v", "epsilon" or "x", not {prediction!r}')
         if prediction == "epsilon" and schedule(torch.ones(1))[0] == 0:
-            raise InputError("epsilon-prediction needs alpha > 0 at t = 1: clip the schedule, or predict v or x")
-        self.network, self.schedule, self.prediction, self.student_steps = network, schedule, prediction, student_steps
+            raise InputError(
+                "epsilon-prediction needs alpha > 0 at t = 1: clip the schedule, or predict v or x"
+            )
+        self.network, self.schedule, self.prediction, self.student_steps = (
+            network,
+            schedule,
+            prediction,
+            student_steps,
+        )
 
     def forward(self, z: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         # Asking a GPU whether all t are 0 would stall its queue; there the `where` of at_zero alone gives the same value.
         wide = at_least_float32(z)
         if t.device.type == "cpu" and not t.any():
             return wide
-        weights = next(iter(self.network.parameters()), wide) if isinstance(self.network, nn.Module) else wide
-        output = self.network(wide.to(weights.dtype), self.schedule.network_time(t), cond).to(wide.dtype)
+        weights = (
+            next(iter(self.network.parameters()), wide)
+            if isinstance(self.network, nn.Module)
+            else wide
+        )
+        output = self.network(wide.to(weights.dtype), self.schedule.network_time(t), cond).to(
+            wide.dtype
+        )
         alpha, sigma = (expand(a, wide) for a in self.schedule(t))
         if self.prediction == "v":
             output = alpha * wide - sigma * output
@@ -76,7 +95,12 @@ class Guided(nn.Module):
 
     def __init__(self, conditional: nn.Module, w: float | Tensor | Callable, null_cond: Any):
         super().__init__()
-        self.conditional, self.w, self.null_cond, self.schedule = conditional, w, null_cond, conditional.schedule
+        self.conditional, self.w, self.null_cond, self.schedule = (
+            conditional,
+            w,
+            null_cond,
+            conditional.schedule,
+        )
         self.student_steps = getattr(conditional, "student_steps", None)
 
     def forward(self, z: Tensor, t: Tensor, cond: Any = None) -> Tensor:
@@ -85,7 +109,9 @@ class Guided(nn.Module):
         if cond is None or null is None:
             x_null, x_cond = self.conditional(z, t, null), self.conditional(z, t, cond)
         else:  # in one batch
-            x_null, x_cond = self.conditional(torch.cat([z, z]), torch.cat([t, t]), joined(null, cond)).chunk(2)
+            x_null, x_cond = self.conditional(
+                torch.cat([z, z]), torch.cat([t, t]), joined(null, cond)
+            ).chunk(2)
         w = self.w(cond) if callable(self.w) else self.w
         w = expand(w, z) if isinstance(w, Tensor) else w
         return x_null + w * (x_cond - x_null)
@@ -111,13 +137,21 @@ class GaussianMixture(nn.Module):
         E[x | z_t, m] = (sigma^2 mu_m + alpha std_m^2 z_t) / v_m,   p(m | z_t) ~ weight_m N(z_t; alpha mu_m, v_m).
     """
 
-    def __init__(self, means: Tensor, stds: Tensor, weights: Tensor | None = None, schedule: Schedule = CosineSchedule()):
+    def __init__(
+        self,
+        means: Tensor,
+        stds: Tensor,
+        weights: Tensor | None = None,
+        schedule: Schedule = CosineSchedule(),
+    ):
         super().__init__()
         means, stds = torch.as_tensor(means), torch.as_tensor(stds)
         if means.ndim < 2 or stds.shape != means.shape[:1] or not (stds > 0).all():
             raise InputError("means must be (M, *shape) and stds (M,) positive")
         self.shape, self.schedule, self.student_steps = means.shape[1:], schedule, None
-        weights = torch.ones_like(stds) if weights is None else torch.as_tensor(weights, dtype=stds.dtype)
+        weights = (
+            torch.ones_like(stds) if weights is None else torch.as_tensor(weights, dtype=stds.dtype)
+        )
         self.register_buffer("means", means.flatten(1))
         self.register_buffer("stds", stds)
         self.register_buffer("weights", weights / weights.sum())
@@ -129,18 +163,32 @@ class GaussianMixture(nn.Module):
         prior = self.stds.to(z.dtype) ** 2
         variance = alpha**2 * prior + sigma**2  # (B, M)
         distance = (flat[:, None] - alpha[..., None] * means).square().sum(-1)
-        log_weight = self.weights.to(z.dtype).log() - distance / (2 * variance) - flat.shape[1] / 2 * variance.log()
+        log_weight = (
+            self.weights.to(z.dtype).log()
+            - distance / (2 * variance)
+            - flat.shape[1] / 2 * variance.log()
+        )
         if cond is not None:
-            other = (cond[:, None] != torch.arange(len(means), device=z.device)) & (cond[:, None] < len(means))
+            other = (cond[:, None] != torch.arange(len(means), device=z.device)) & (
+                cond[:, None] < len(means)
+            )
             log_weight = log_weight.masked_fill(other, -math.inf)
         posterior = log_weight.softmax(1)  # (B, M)
-        x_hat = (posterior / variance * sigma**2) @ means + (posterior / variance * prior).sum(1, True) * alpha * flat
+        x_hat = (posterior / variance * sigma**2) @ means + (posterior / variance * prior).sum(
+            1, True
+        ) * alpha * flat
         return at_zero(x_hat.reshape(z.shape), z, t)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """(n, *shape) draws from the mixture."""
         m = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype, device=self.means.device)
+        noise = torch.randn(
+            n,
+            self.means.shape[1],
+            generator=generator,
+            dtype=self.means.dtype,
+            device=self.means.device,
+        )
         return (self.means[m] + self.stds[m, None] * noise).reshape(n, *self.shape)
 
 
@@ -154,7 +202,9 @@ def partial_of(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict, earlier: Path | None = None) -> None:
+def write_safetensors(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict, earlier: Path | None = None
+) -> None:
     """Write tensors and JSON-able metadata so that a crash half-way leaves the previous file intact, which is kept as `earlier`, if given.
     Raises InputError if they cannot be written, for want of room or of rights."""
     path = Path(path)
@@ -167,7 +217,9 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise InputError(f"{path} could not be written ({error}). What was saved before is intact: make room, and go on with --resume.") from None
+        raise InputError(
+            f"{path} could not be written ({error}). What was saved before is intact: make room, and go on with --resume."
+        ) from None
 
 
 def read_header(path: str | Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
@@ -179,7 +231,9 @@ def read_header(path: str | Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
-                raise InputError(f"{path}: a safetensors file, but not a checkpoint written by mcm.save")
+                raise InputError(
+                    f"{path}: a safetensors file, but not a checkpoint written by mcm.save"
+                )
             metadata = json.loads(header["mcm"])
             if not isinstance(metadata, dict):
                 raise ValueError(f"its header is {type(metadata).__name__}")
@@ -202,7 +256,9 @@ def save(path: str | Path, denoiser: Denoiser, **metadata) -> None:
     JSON-able `metadata` in the header. `load` needs nothing else."""
     schedule = denoiser.schedule
     kind = next(name for name, cls in SCHEDULES.items() if isinstance(schedule, cls))
-    arguments = vars(schedule) if kind == "cosine" else {"alphas_cumprod": schedule.alphas_cumprod.tolist()}
+    arguments = (
+        vars(schedule) if kind == "cosine" else {"alphas_cumprod": schedule.alphas_cumprod.tolist()}
+    )
     metadata |= {
         "network": denoiser.network.arguments,
         "schedule": {"kind": kind, **arguments},
@@ -220,7 +276,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     """
     metadata, shapes = read_header(path)
     if "network" not in metadata:
-        raise InputError(f"{path}: a file of ours, but not a model: training state and feature classifiers cannot be sampled")
+        raise InputError(
+            f"{path}: a file of ours, but not a model: training state and feature classifiers cannot be sampled"
+        )
     try:
         check_size(metadata, shapes)
         arguments = dict(metadata["schedule"])
@@ -231,7 +289,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
         denoiser = Denoiser(network, schedule, metadata["prediction"], metadata["student_steps"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: its weights do not fit the network that its header describes ({reason})") from None
+        raise InputError(
+            f"{path}: its weights do not fit the network that its header describes ({reason})"
+        ) from None
     denoiser.metadata = metadata
     return denoiser.to(device).eval().requires_grad_(False)
 
@@ -244,7 +304,10 @@ def check_size(metadata: dict, shapes: dict[str, tuple[int, ...]]) -> None:
     if len(multipliers) * blocks > len(shapes):
         raise ValueError(f"{blocks} blocks in each of {len(multipliers)} levels")
     described = {"first.weight": (channels, network["in_channels"], 3, 3)}
-    described |= {f"down.{i * blocks}.block.conv2.weight": (channels * m, channels * m, 3, 3) for i, m in enumerate(multipliers)}
+    described |= {
+        f"down.{i * blocks}.block.conv2.weight": (channels * m, channels * m, 3, 3)
+        for i, m in enumerate(multipliers)
+    }
     if network["classes"]:
         described["label.weight"] = (network["classes"] + 1, 4 * channels)
     for name, shape in described.items():

@@ -48,21 +48,45 @@ def distil(
     with resume, finished phases are read from there. Raises InputError if the recipe needs images or a reward and there are none.
     """
     if recipe.needs_images and data.latents is None:
-        raise InputError("this recipe learns from images: give captioned images (--data), or use mlcm or tlcm, which learn from prompts alone")
-    ranged = isinstance(guidance, tuple)  # a student is told its guidance only when there is more than one
+        raise InputError(
+            "this recipe learns from images: give captioned images (--data), or use mlcm or tlcm, which learn from prompts alone"
+        )
+    ranged = isinstance(
+        guidance, tuple
+    )  # a student is told its guidance only when there is more than one
     if ranged and not full:
-        raise InputError("a range of guidance needs a student that is told it, which a LoRA cannot be: use one value, or full fine-tuning")
-    if reward is None and any(kind == "preference" for phase in recipe.phases for kind, _ in phase.stage.extra):
+        raise InputError(
+            "a range of guidance needs a student that is told it, which a LoRA cannot be: use one value, or full fine-tuning"
+        )
+    if reward is None and any(
+        kind == "preference" for phase in recipe.phases for kind, _ in phase.stage.extra
+    ):
         raise InputError("this recipe has a preference stage: give it a reward")
     torch.manual_seed(mixed(settings.seed, len(recipe.phases)))
-    names = ["student", "average"] + ["target"] * any(phase.stage.target_ema is not None for phase in recipe.phases)
-    spent, weights = {}, {which: sdxl.add(which, None if which == "student" else "student", full=full, guidance_input=ranged) for which in names}
+    names = ["student", "average"] + ["target"] * any(
+        phase.stage.target_ema is not None for phase in recipe.phases
+    )
+    spent, weights = (
+        {},
+        {
+            which: sdxl.add(
+                which, None if which == "student" else "student", full=full, guidance_input=ranged
+            )
+            for which in names
+        },
+    )
     for number, phase in enumerate(recipe.phases):
-        torch.manual_seed(mixed(settings.seed, number, 1))  # for what the phase initialises, whether the run was resumed or not
+        torch.manual_seed(
+            mixed(settings.seed, number, 1)
+        )  # for what the phase initialises, whether the run was resumed or not
         share = phase.share / sum(p.share for p in recipe.phases)
         iterations = max(1, round(settings.iterations * share))
         here = replace(
-            settings, iterations=iterations, lr=settings.lr * phase.lr, warmup=min(settings.warmup, iterations // 10 + 1), seed=mixed(settings.seed, number)
+            settings,
+            iterations=iterations,
+            lr=settings.lr * phase.lr,
+            warmup=min(settings.warmup, iterations // 10 + 1),
+            seed=mixed(settings.seed, number),
         )
         averages = [(weights["average"], here.ema_at)]
         if phase.stage.target_ema is not None:
@@ -71,25 +95,54 @@ def distil(
                     value.copy_(weights["student"][key])
             averages.append((weights["target"], lambda step, decay=phase.stage.target_ema: decay))
         learner = Learner(weights["student"], here.clip, averages)
-        objectives = {kind: (weight, _objective(kind, sdxl, data, guidance, reward)) for kind, weight in phase.stage.extra}
+        objectives = {
+            kind: (weight, _objective(kind, sdxl, data, guidance, reward))
+            for kind, weight in phase.stage.extra
+        }
         step = _step(sdxl, phase, data, here, guidance, learner, objectives)
-        critics = {kind: objective.learner for kind, (_, objective) in objectives.items() if objective.learner}
+        critics = {
+            kind: objective.learner
+            for kind, (_, objective) in objectives.items()
+            if objective.learner
+        }
 
         def on_save(done: int, seconds: float, new: bool, number: int = number) -> None:
             spent[number] = seconds
             if saved and new:
                 saved(number, done)
 
-        loop({"student": learner} | critics, step, here, out, f"{name}-{number}", resume, on_save, phase.stage.student_steps)
+        loop(
+            {"student": learner} | critics,
+            step,
+            here,
+            out,
+            f"{name}-{number}",
+            resume,
+            on_save,
+            phase.stage.student_steps,
+        )
         for which in ("fake", "critic"):
             if which in sdxl.unets:
                 sdxl.remove(which)
     return sum(spent.values())
 
 
-def _step(sdxl: SDXL, phase: Phase, data: Captioned, settings: Training, guidance, learner: Learner, objectives: dict) -> Callable[[int], Step]:
+def _step(
+    sdxl: SDXL,
+    phase: Phase,
+    data: Captioned,
+    settings: Training,
+    guidance,
+    learner: Learner,
+    objectives: dict,
+) -> Callable[[int], Step]:
     """One training step of a phase."""
-    stage, device, size, autocast = phase.stage, sdxl.device, settings.batch // settings.accumulate, settings.precision == "bf16"
+    stage, device, size, autocast = (
+        phase.stage,
+        sdxl.device,
+        settings.batch // settings.accumulate,
+        settings.precision == "bf16",
+    )
     student, teacher = sdxl.denoiser("student"), sdxl.denoiser()
     target = None if stage.target_ema is None else sdxl.denoiser("target")
 
@@ -100,9 +153,22 @@ def _step(sdxl: SDXL, phase: Phase, data: Captioned, settings: Training, guidanc
         x, w = data.latents[chosen].to(device) if stage.z_from == "data" else None, guidance
         noise = torch.randn(len(chosen), sdxl.channels, sdxl.size, sdxl.size, device=device)
         if isinstance(guidance, tuple):
-            cond = cond._replace(omega=guidance[0] - 1 + (guidance[1] - guidance[0]) * torch.rand(len(chosen), device=device))
+            cond = cond._replace(
+                omega=guidance[0]
+                - 1
+                + (guidance[1] - guidance[0]) * torch.rand(len(chosen), device=device)
+            )
             w = _told
-        output = consistency_loss(student, x, cond, stage, teacher=guided(teacher, w, unconditional), target=target, progress=progress, noise=noise)
+        output = consistency_loss(
+            student,
+            x,
+            cond,
+            stage,
+            teacher=guided(teacher, w, unconditional),
+            target=target,
+            progress=progress,
+            noise=noise,
+        )
         # Every loss acts on x_hat, and only through it on the student. Their scales have nothing to do with each other (a mean over
         # dimensions, logits, a reward), so a weight is the ratio of the gradients' norms there.
         (total,) = torch.autograd.grad(output.loss, output.x_hat)
@@ -114,7 +180,9 @@ def _step(sdxl: SDXL, phase: Phase, data: Captioned, settings: Training, guidanc
 
     def step(index: int) -> Step:
         outputs, figures = [], {}
-        for chosen in batch_indices(len(data.prompts), settings.batch, index, settings.seed).split(size):
+        for chosen in batch_indices(len(data.prompts), settings.batch, index, settings.seed).split(
+            size
+        ):
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
                 total, output, figures = loss(chosen, index / settings.iterations)
             output.x_hat.backward(total * (len(chosen) / settings.batch))
@@ -123,12 +191,19 @@ def _step(sdxl: SDXL, phase: Phase, data: Captioned, settings: Training, guidanc
         for kind, (_, objective) in objectives.items():
             for _ in range(objective.updates):
                 for output in outputs:
-                    with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
+                    with torch.autocast(
+                        device.type, torch.bfloat16, enabled=autocast, cache_enabled=False
+                    ):
                         critic = objective.critic_loss(output)
                     (critic / len(outputs)).backward()
                 objective.learner.update(phase.critic_lr * settings.lr_at(index), index)
                 figures[f"{kind}_critic"] = critic.detach()
-        return Step(torch.cat([o.per_sample.detach() for o in outputs]), torch.cat([o.t for o in outputs]), norm, figures)
+        return Step(
+            torch.cat([o.per_sample.detach() for o in outputs]),
+            torch.cat([o.t for o in outputs]),
+            norm,
+            figures,
+        )
 
     return step
 
@@ -138,7 +213,13 @@ def _told(cond: Condition) -> Tensor:
     return cond.omega + 1
 
 
-def _objective(kind: str, sdxl: SDXL, data: Captioned, guidance: float | tuple[float, float], reward: tuple[Reward, float] | None):
+def _objective(
+    kind: str,
+    sdxl: SDXL,
+    data: Captioned,
+    guidance: float | tuple[float, float],
+    reward: tuple[Reward, float] | None,
+):
     w = sum(guidance) / 2 if isinstance(guidance, tuple) else guidance
     if kind == "preference":
         most = None if sdxl.size <= 32 else 2  # a decoder of full size is dear
@@ -147,4 +228,6 @@ def _objective(kind: str, sdxl: SDXL, data: Captioned, guidance: float | tuple[f
         return DistributionMatching(sdxl, w)
     if kind in ("adversarial", "adversarial_diffused"):
         return Adversarial(sdxl, diffused=kind == "adversarial_diffused")
-    raise InputError(f"unknown objective {kind!r}: preference, distribution_matching, adversarial and adversarial_diffused exist")
+    raise InputError(
+        f"unknown objective {kind!r}: preference, distribution_matching, adversarial and adversarial_diffused exist"
+    )

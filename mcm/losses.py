@@ -1,10 +1,10 @@
 """The two losses: diffusion, and the one consistency loss that all recipes share (arXiv 2403.06807, Algorithm 1).
 
-    z_t  --teacher, one solver step-->  z_s
-     |                                   |
-     | student x_hat(z_t, t)             | student x_hat(z_s, s), no gradient
-     v                                   v
-    DDIM t->q  .. should agree with ..  DDIM s->q
+z_t  --teacher, one solver step-->  z_s
+ |                                   |
+ | student x_hat(z_t, t)             | student x_hat(z_s, s), no gradient
+ v                                   v
+DDIM t->q  .. should agree with ..  DDIM s->q
 """
 
 from typing import Any, NamedTuple
@@ -34,7 +34,9 @@ class LossOutput(NamedTuple):
     cond: Any
 
 
-def stratified_times(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+def stratified_times(
+    n: int, device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:
     """(n,) times, each uniform on (0, 1], one in each of n equal strata: a batch covers all noise levels evenly, so its loss varies
     less than with independent draws (the low-discrepancy sampler of variational diffusion models, arXiv 2107.00630)."""
 
@@ -47,7 +49,10 @@ def stratified_times(n: int, device: torch.device, generator: torch.Generator | 
 
 def normal_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard normal noise of the shape, type and device of x, (B, ...)."""
-    return parallel.draw(lambda n: torch.randn(n, *x.shape[1:], dtype=x.dtype, device=x.device, generator=generator), len(x))
+    return parallel.draw(
+        lambda n: torch.randn(n, *x.shape[1:], dtype=x.dtype, device=x.device, generator=generator),
+        len(x),
+    )
 
 
 def diffusion_loss(
@@ -109,9 +114,13 @@ def consistency_loss(
     schedule, per_segment = student.schedule, stage.points_per_segment(progress)
     grid = per_segment * stage.student_steps
     if isinstance(schedule, DiscreteSchedule) and grid > len(schedule.alphas_cumprod):
-        raise InputError(f"a grid of {grid} points is finer than the schedule's {len(schedule.alphas_cumprod)} steps: lower teacher_steps")
+        raise InputError(
+            f"a grid of {grid} points is finer than the schedule's {len(schedule.alphas_cumprod)} steps: lower teacher_steps"
+        )
     if x is None and noise is None:
-        raise InputError("without images, pass the noise that the runs start from: its shape is the images'")
+        raise InputError(
+            "without images, pass the noise that the runs start from: its shape is the images'"
+        )
     B, device = len(noise if x is None else x), (noise if x is None else x).device
     if t is not None:
         i = torch.round(t.double() * grid)
@@ -119,11 +128,15 @@ def consistency_loss(
         i = torch.ceil(stratified_times(B, device, generator) * grid)
     if stage.share_run:  # neighbours fall through the segments of one run
         if B % stage.run:
-            raise InputError(f"a batch of {B} cannot share teacher runs of {stage.run} states: use a multiple of {stage.run}")
+            raise InputError(
+                f"a batch of {B} cannot share teacher runs of {stage.run} states: use a multiple of {stage.run}"
+            )
         i = i if t is not None else i.reshape(stage.run, -1).T.flatten()
         cond = rows(cond, torch.arange(B, device=device) // stage.run * stage.run)
     i = i.long().clamp(1, grid)
-    i_q = (i - 1) // per_segment * per_segment  # the top of a segment, i = q + T/K, belongs to it: the sampler starts there
+    i_q = (
+        (i - 1) // per_segment * per_segment
+    )  # the top of a segment, i = q + T/K, belongs to it: the sampler starts there
     i_s = torch.maximum(i - stage.skip, i_q)
     t, s, q = (index.double() / grid for index in (i, i_s, i_q))
 
@@ -132,7 +145,9 @@ def consistency_loss(
     with torch.no_grad():
         z_s, x_step = _teacher_step(stage, x, z_t, t, s, cond, student, teacher, generator)
         # The target's call comes first and leaves the random state as it found it: the student below draws the same dropout mask.
-        with torch.random.fork_rng([] if z_t.device.type == "cpu" else [z_t.device], device_type=z_t.device.type):
+        with torch.random.fork_rng(
+            [] if z_t.device.type == "cpu" else [z_t.device], device_type=z_t.device.type
+        ):
             x_s = (student if target is None else target)(z_s.to(z_t.dtype), s, cond)
         rho = expand(_rho(t, s, q, schedule), x_step)
         x_target = ((1 - rho) * x_s + rho * x_step).to(z_t.dtype)
@@ -149,7 +164,15 @@ def consistency_loss(
 
 
 def _teacher_step(
-    stage: Stage, x: Tensor | None, z_t: Tensor, t: Tensor, s: Tensor, cond: Any, student: nn.Module, teacher: nn.Module | None, generator
+    stage: Stage,
+    x: Tensor | None,
+    z_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    cond: Any,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    generator,
 ) -> tuple[Tensor, Tensor]:
     """-> z_s, and the x_hat for which plain DDIM makes this step, both float64."""
     schedule, z = student.schedule, z_t.double()
@@ -173,7 +196,11 @@ def _teacher_step(
 
 def _rho(t: Tensor, s: Tensor, q: Tensor, schedule: Schedule) -> Tensor:
     """The weight of x_step in the target, times alpha_t alpha_s alpha_q above and below so that alpha_1 = 0 does no harm."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s), (alpha_q, sigma_q) = schedule(t), schedule(s), schedule(q)
+    (alpha_t, sigma_t), (alpha_s, sigma_s), (alpha_q, sigma_q) = (
+        schedule(t),
+        schedule(s),
+        schedule(q),
+    )
     above = sigma_q * (sigma_t * alpha_s - sigma_s * alpha_t)
     below = sigma_s * (sigma_t * alpha_q - sigma_q * alpha_t)
     return torch.where(s == q, 1.0, above / torch.where(s == q, 1.0, below))
@@ -187,7 +214,9 @@ def _weight(stage: Stage, t: Tensor, q: Tensor, schedule: Schedule) -> Tensor:
     return torch.ones_like(t) if stage.weight == "x" else alpha_q - alpha_t * sigma_q / sigma_t
 
 
-def _x_var(stage: Stage, x: Tensor, x_teacher: Tensor, teacher: nn.Module, z_t: Tensor, t: Tensor, cond) -> Tensor | None:
+def _x_var(
+    stage: Stage, x: Tensor, x_teacher: Tensor, teacher: nn.Module, z_t: Tensor, t: Tensor, cond
+) -> Tensor | None:
     """aDDIM's variance per dimension, (B,). For "mse" the paper asks for the teacher *without* guidance."""
     if stage.x_var == "prior":
         return None  # addim's own default

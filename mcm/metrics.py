@@ -40,16 +40,35 @@ def moments(a: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
     return mean, sum((part - mean).T @ (part - mean) for part in centred) / (len(a) - 1)
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3, most: int = 10_000, chunk: int = 2048) -> tuple[float, float]:
+def precision_recall(
+    real: Tensor, fake: Tensor, k: int = 3, most: int = 10_000, chunk: int = 2048
+) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991): the share of fake samples inside the real manifold, and of real ones inside
     the fake manifold; a manifold is the union of balls around samples that reach to their k-th nearest neighbour. real, fake: (n, d);
     of more than `most` rows, so many are drawn, as the cost grows with the square. (Not at even distances: classes come in turn.)
     """
-    real, fake = (a[torch.randperm(len(a), generator=torch.Generator().manual_seed(0))[:most]] if len(a) > most else a for a in (real, fake))
+    real, fake = (
+        a[torch.randperm(len(a), generator=torch.Generator().manual_seed(0))[:most]]
+        if len(a) > most
+        else a
+        for a in (real, fake)
+    )
 
     def inside(points: Tensor, manifold: Tensor) -> float:
-        radius = torch.cat([torch.cdist(rows, manifold).kthvalue(k + 1, dim=1).values for rows in manifold.split(chunk)])
-        return torch.cat([(torch.cdist(rows, manifold) <= radius).any(1) for rows in points.split(chunk)]).double().mean().item()
+        radius = torch.cat(
+            [
+                torch.cdist(rows, manifold).kthvalue(k + 1, dim=1).values
+                for rows in manifold.split(chunk)
+            ]
+        )
+        return (
+            torch.cat(
+                [(torch.cdist(rows, manifold) <= radius).any(1) for rows in points.split(chunk)]
+            )
+            .double()
+            .mean()
+            .item()
+        )
 
     return inside(fake, real), inside(real, fake)
 
@@ -76,7 +95,13 @@ def principal_components(latents: Tensor, k: int = 16) -> Callable[[Tensor], Ten
 
 def nearest(queries: Tensor, images: Tensor, chunk: int = 8192) -> Tensor:
     """For each query (n, C, H, W) the index of the nearest of images (uint8), by pixel distance: (n,)."""
-    distance = torch.cat([torch.cdist(queries.flatten(1), to_float(part).flatten(1)) for part in images.split(chunk)], dim=1)
+    distance = torch.cat(
+        [
+            torch.cdist(queries.flatten(1), to_float(part).flatten(1))
+            for part in images.split(chunk)
+        ],
+        dim=1,
+    )
     return distance.argmin(1)
 
 
@@ -90,13 +115,19 @@ class Classifier(nn.Module):
         layers, c, size = [], image_shape[0], image_shape[1]
         while True:
             layers += [nn.Conv2d(c, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
-            layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
+            layers += [
+                nn.Conv2d(channels, channels, 3, padding=1),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(),
+            ]
             c, channels = channels, channels * 2
             if size < 8:
                 break
             layers.append(nn.MaxPool2d(2))
             size //= 2
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * c, self.DIM))
+        self.body = nn.Sequential(
+            *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * c, self.DIM)
+        )
         self.head = nn.Linear(self.DIM, classes)
 
     def features(self, x: Tensor) -> Tensor:
@@ -106,7 +137,9 @@ class Classifier(nn.Module):
         return self.head(F.relu(self.body(x)))
 
 
-def embed(extractor: "Classifier | Inception", images: Tensor, chunk: int = 1000) -> tuple[Tensor, Tensor | None]:
+def embed(
+    extractor: "Classifier | Inception", images: Tensor, chunk: int = 1000
+) -> tuple[Tensor, Tensor | None]:
     """images (uint8, or float in [-1, 1]) -> features (n, extractor.DIM), predicted classes (n,), which Inception has none of; on the CPU."""
     features, classes = [], []
     with torch.no_grad():
@@ -118,7 +151,9 @@ def embed(extractor: "Classifier | Inception", images: Tensor, chunk: int = 1000
     return torch.cat(features), torch.cat(classes) if classes else None
 
 
-def train_classifier(data: ImageData, iterations: int, path: Path, batch: int = 128) -> tuple[Classifier, float]:
+def train_classifier(
+    data: ImageData, iterations: int, path: Path, batch: int = 128
+) -> tuple[Classifier, float]:
     """The feature extractor for `data`, trained with a fixed seed (its features do not depend on the run's seed), and its accuracy on
     the held-out images. Cached at `path`; a cache made for other data is refused with an InputError.
     """
@@ -126,17 +161,23 @@ def train_classifier(data: ImageData, iterations: int, path: Path, batch: int = 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{path.parent} cannot be made for the feature classifier ({error.strerror}): use another --features") from None
+        raise InputError(
+            f"{path.parent} cannot be made for the feature classifier ({error.strerror}): use another --features"
+        ) from None
     classifier = Classifier(data.image_shape, data.classes)
     wanted = {"data": data.name, "fingerprint": data.fingerprint(), "iterations": iterations}
     if path.is_file():
         tensors, metadata = read_safetensors(path)
         if metadata != wanted:
-            raise InputError(f"{path} holds a feature classifier for {metadata}, but this run needs {wanted}: delete it or use another --features")
+            raise InputError(
+                f"{path} holds a feature classifier for {metadata}, but this run needs {wanted}: delete it or use another --features"
+            )
         classifier.load_state_dict(tensors)
     classifier.to(device)
     if not path.is_file():
-        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        with torch.random.fork_rng(
+            [] if device.type == "cpu" else [device], device_type=device.type
+        ):
             torch.manual_seed(0)
             classifier = Classifier(data.image_shape, data.classes).to(device).train()
             optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
@@ -150,7 +191,9 @@ def train_classifier(data: ImageData, iterations: int, path: Path, batch: int = 
                 schedule.step()
         write_safetensors(path, classifier.state_dict(), wanted)
     classifier.eval().requires_grad_(False)
-    return classifier, (embed(classifier, data.held_images)[1] == data.held_labels.cpu()).double().mean().item()
+    return classifier, (
+        embed(classifier, data.held_images)[1] == data.held_labels.cpu()
+    ).double().mean().item()
 
 
 class Inception(nn.Module):
@@ -167,22 +210,40 @@ class Inception(nn.Module):
         try:
             from torch_fidelity import feature_extractor_inceptionv3 as port
         except ImportError:
-            raise InputError("FID needs torch-fidelity: pip install -r requirements-fid.txt") from None
+            raise InputError(
+                "FID needs torch-fidelity: pip install -r requirements-fid.txt"
+            ) from None
         path = Path(torch.hub.get_dir()) / "checkpoints" / port.URL_INCEPTION_V3.rsplit("/", 1)[1]
         if not path.is_file():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(port.URL_INCEPTION_V3, path, hash_prefix="6726825d")
             except (OSError, RuntimeError, HTTPException) as error:
-                raise InputError(f"FID needs the weights of Inception-v3, which could not be fetched ({error}). Put {port.URL_INCEPTION_V3} into {path.parent}") from None
-        with io.BytesIO() as safe:  # read as tensors only, before torch-fidelity reads it as anything
+                raise InputError(
+                    f"FID needs the weights of Inception-v3, which could not be fetched ({error}). Put {port.URL_INCEPTION_V3} into {path.parent}"
+                ) from None
+        with (
+            io.BytesIO() as safe
+        ):  # read as tensors only, before torch-fidelity reads it as anything
             try:
                 torch.save(torch.load(path, weights_only=True, map_location="cpu"), safe)
                 safe.seek(0)
-                self.network = port.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=safe)
-            except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError) as error:
-                raise InputError(f"{path} is not the weights of Inception-v3 ({str(error).splitlines()[0]}): delete it") from None
+                self.network = port.FeatureExtractorInceptionV3(
+                    "inception", ["2048"], feature_extractor_weights_path=safe
+                )
+            except (
+                pickle.UnpicklingError,
+                RuntimeError,
+                EOFError,
+                AttributeError,
+                TypeError,
+            ) as error:
+                raise InputError(
+                    f"{path} is not the weights of Inception-v3 ({str(error).splitlines()[0]}): delete it"
+                ) from None
 
     def features(self, x: Tensor) -> Tensor:
         pixels = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return torch.cat([self.network(part)[0] for part in pixels.expand(-1, 3, -1, -1).split(100)])
+        return torch.cat(
+            [self.network(part)[0] for part in pixels.expand(-1, 3, -1, -1).split(100)]
+        )

@@ -41,16 +41,30 @@ class Preference:
     learner = None
     updates = 0
 
-    def __init__(self, reward: Reward, decode: Callable[[Tensor], Tensor], s0: float, pool: Sequence[str], most: int | None = None):
+    def __init__(
+        self,
+        reward: Reward,
+        decode: Callable[[Tensor], Tensor],
+        s0: float,
+        pool: Sequence[str],
+        most: int | None = None,
+    ):
         self.reward, self.decode, self.s0, self.pool, self.most = reward, decode, s0, pool, most
 
     def loss(self, output: LossOutput, prompts: Sequence[str]) -> Tensor:
-        part = torch.linspace(0, len(output.x_hat) - 1, min(self.most or len(output.x_hat), len(output.x_hat))).long()
+        part = torch.linspace(
+            0, len(output.x_hat) - 1, min(self.most or len(output.x_hat), len(output.x_hat))
+        ).long()
         prompts = [prompts[i] for i in part]
         images = self.decode(output.x_hat[part.to(output.x_hat.device)]).clamp(-1.5, 1.5)
         others = [self.pool[i] for i in torch.randint(len(self.pool), (len(prompts),)).tolist()]
-        differ = torch.tensor([float(a != b) for a, b in zip(prompts, others)], device=images.device)
-        return ((self.s0 - self.reward(images, prompts)).clamp_min(0) + differ * self.reward(images, others).clamp_min(0)).mean()
+        differ = torch.tensor(
+            [float(a != b) for a, b in zip(prompts, others)], device=images.device
+        )
+        return (
+            (self.s0 - self.reward(images, prompts)).clamp_min(0)
+            + differ * self.reward(images, others).clamp_min(0)
+        ).mean()
 
 
 class DistributionMatching:
@@ -80,7 +94,9 @@ class DistributionMatching:
     def critic_loss(self, output: LossOutput) -> Tensor:
         fake = diffusion_loss(self.fake, output.x_hat.detach(), output.cond)
         alpha = self.fake.schedule(fake.t)[0].float()
-        return (fake.per_sample * alpha**2).mean()  # the v-loss times alpha^2 is the noise-prediction loss
+        return (
+            fake.per_sample * alpha**2
+        ).mean()  # the v-loss times alpha^2 is the noise-prediction loss
 
 
 class Adversarial:
@@ -96,15 +112,24 @@ class Adversarial:
 
     def __init__(self, sdxl: SDXL, diffused: bool, clip: float = 1.0):
         self.diffused, self.schedule = diffused, sdxl.schedule
-        self.learner, self.network = Learner(sdxl.add("critic", modules=DECODER), clip), sdxl.denoiser("critic").network
+        self.learner, self.network = (
+            Learner(sdxl.add("critic", modules=DECODER), clip),
+            sdxl.denoiser("critic").network,
+        )
 
     def logits(self, x: Tensor, t: Tensor, noise: Tensor, output: LossOutput) -> Tensor:
         """(B, 4, h, w)"""
         z = noised(x, t, noise, self.schedule) if self.diffused else x
-        return self.network(z.to(next(self.network.parameters()).dtype), self.schedule.network_time(t), output.cond).float()
+        return self.network(
+            z.to(next(self.network.parameters()).dtype), self.schedule.network_time(t), output.cond
+        ).float()
 
     def _draw(self, output: LossOutput) -> tuple[Tensor, Tensor]:
-        t = 0.02 + 0.96 * torch.rand(len(output.t), dtype=torch.float64, device=output.t.device) if self.diffused else output.t
+        t = (
+            0.02 + 0.96 * torch.rand(len(output.t), dtype=torch.float64, device=output.t.device)
+            if self.diffused
+            else output.t
+        )
         return t, torch.randn_like(output.x_hat)
 
     def loss(self, output: LossOutput, prompts: Sequence[str]) -> Tensor:
@@ -112,7 +137,12 @@ class Adversarial:
 
     def critic_loss(self, output: LossOutput) -> Tensor:
         if output.x is None:
-            raise InputError("an adversary needs clean images to call real: a stage whose z_t come from data or from the student")
+            raise InputError(
+                "an adversary needs clean images to call real: a stage whose z_t come from data or from the student"
+            )
         t, noise = self._draw(output)
-        real, fake = self.logits(output.x, t, noise, output), self.logits(output.x_hat.detach(), t, noise, output)
+        real, fake = (
+            self.logits(output.x, t, noise, output),
+            self.logits(output.x_hat.detach(), t, noise, output),
+        )
         return ((1 - real).clamp_min(0) + (1 + fake).clamp_min(0)).mean()

@@ -19,7 +19,11 @@ from .errors import InputError
 
 def place() -> tuple[int, int]:
     """-> the number of this process, how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else (0, 1)
+    )
 
 
 def first() -> bool:
@@ -35,13 +39,17 @@ def start(device: str | None) -> str | None:
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
         if (asked := int(os.environ["LOCAL_WORLD_SIZE"])) > (found := torch.cuda.device_count()):
-            raise InputError(f"{asked} processes on a machine with {found} GPUs: use --nproc_per_node {found}, or --device cpu")
+            raise InputError(
+                f"{asked} processes on a machine with {found} GPUs: use --nproc_per_node {found}, or --device cpu"
+            )
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
     if not first():
         sys.stdout, begin = open(os.devnull, "w"), tqdm.__init__
-        tqdm.__init__ = lambda bar, *arguments, **options: begin(bar, *arguments, **options | {"disable": True})
+        tqdm.__init__ = lambda bar, *arguments, **options: begin(
+            bar, *arguments, **options | {"disable": True}
+        )
     return device
 
 
@@ -94,7 +102,9 @@ def own_randomness(network: Callable, device: torch.device) -> Callable:
     calls from one state share their mask, as `consistency_loss` wants it."""
 
     def call(*arguments):
-        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        with torch.random.fork_rng(
+            [] if device.type == "cpu" else [device], device_type=device.type
+        ):
             torch.manual_seed(int(torch.randint(2**31, (1,))) + place()[0])
             return network(*arguments)
 
@@ -112,4 +122,6 @@ def any_process(flag: bool, device: torch.device) -> bool:
 def check_batch(batch: int, accumulate: int) -> None:
     processes = place()[1]
     if processes > 1 and batch % (processes * accumulate):
-        raise InputError(f"a batch of {batch} cannot be shared evenly by {processes} processes in {accumulate} parts: use a multiple of {processes * accumulate}")
+        raise InputError(
+            f"a batch of {batch} cannot be shared evenly by {processes} processes in {accumulate} parts: use a multiple of {processes * accumulate}"
+        )

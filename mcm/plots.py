@@ -20,7 +20,9 @@ COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 SAMPLERS = {"ddim": "DDIM", "addim": "aDDIM", "renoise": "re-noised"}
 
 
-def sample_rows(rows: dict[str, Tensor], path: Path, scale: int = 4, columns: Sequence[str] | None = None) -> None:
+def sample_rows(
+    rows: dict[str, Tensor], path: Path, scale: int = 4, columns: Sequence[str] | None = None
+) -> None:
     """rows: label -> images (n, C, H, W) in [-1, 1], drawn one row each under a common set of columns; columns: their captions."""
     images = torch.cat(list(rows.values())).float().cpu()
     n, size = len(next(iter(rows.values()))), images.shape[-1] + 1
@@ -45,7 +47,9 @@ def quality_vs_steps(results: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120)
     curves: dict[str, list] = {}
     for row in results["rows"]:
-        name = re.sub(r"-\d+$", "", row.get("recipe", row["model"]))  # one curve for the students of one recipe
+        name = re.sub(
+            r"-\d+$", "", row.get("recipe", row["model"])
+        )  # one curve for the students of one recipe
         label = f"{name}, {SAMPLERS[row['sampler']]}"
         curves.setdefault(label, []).append((row["nfe"], row["frechet"]))
     for (label, points), colour, marker in zip(curves.items(), COLOURS * 2, "sDo^vPX*<>dph"):
@@ -76,7 +80,9 @@ def training_curves(log: Path, path: Path) -> None:
             runs.setdefault(entry["model"], []).append(entry)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=120)
     for (name, entries), colour in zip(runs.items(), COLOURS * (1 + len(runs) // len(COLOURS))):
-        left.plot([e["step"] for e in entries], [e["loss"] for e in entries], color=colour, label=name)
+        left.plot(
+            [e["step"] for e in entries], [e["loss"] for e in entries], color=colour, label=name
+        )
         last = [e["loss_by_t"] for e in entries[-max(1, len(entries) // 4) :]]
         means = [[v for v in column if v is not None] for column in zip(*last)]
         points = [((i + 0.5) / len(means), sum(v) / len(v)) for i, v in enumerate(means) if v]

@@ -61,7 +61,9 @@ class Stage:
 
     def __post_init__(self):
         if self.student_steps < 1:
-            raise InputError(f"the number of student steps must be at least 1, not {self.student_steps}")
+            raise InputError(
+                f"the number of student steps must be at least 1, not {self.student_steps}"
+            )
         if self.student_steps > max(self.teacher_steps):
             raise InputError(
                 f"{self.student_steps} student steps do not fit on a grid of {max(self.teacher_steps)} teacher steps: "
@@ -122,12 +124,23 @@ class Recipe:
     def evaluations(self) -> float:
         """Network evaluations (forward passes of one sample) that training takes for each sample of a batch, over all phases: of student
         and target, of the guided teacher (two each), of what makes z_t, and of the further objectives with their critics."""
-        extra = {"preference": 0, "adversarial": 3, "adversarial_diffused": 3, "distribution_matching": 3 + FAKE_UPDATES}
+        extra = {
+            "preference": 0,
+            "adversarial": 3,
+            "adversarial_diffused": 3,
+            "distribution_matching": 3 + FAKE_UPDATES,
+        }
         total = 0.0
         for phase in self.phases:
             stage = phase.stage
-            source = {"data": 0, "student": stage.run, "teacher": 2 if stage.share_run else stage.run + 1}[stage.z_from]
-            total += phase.share * (2 + 2 * stage.sub_steps + source + sum(extra[kind] for kind, _ in stage.extra))
+            source = {
+                "data": 0,
+                "student": stage.run,
+                "teacher": 2 if stage.share_run else stage.run + 1,
+            }[stage.z_from]
+            total += phase.share * (
+                2 + 2 * stage.sub_steps + source + sum(extra[kind] for kind, _ in stage.extra)
+            )
         return total / sum(phase.share for phase in self.phases)
 
 
@@ -136,18 +149,34 @@ FAKE_UPDATES = 2  # of the fake score in distribution matching, per step of the 
 
 def cm_latent(K: int) -> Recipe:
     stage = cm(teacher_steps=(16, 64), distance="squared")
-    return Recipe((Phase(stage),), True, "consistency model (arXiv 2303.01469): one segment, from images; one model for all step counts")
+    return Recipe(
+        (Phase(stage),),
+        True,
+        "consistency model (arXiv 2303.01469): one segment, from images; one model for all step counts",
+    )
 
 
 def mcm_latent(K: int) -> Recipe:
     points = (min(4 * K, 1000), min(16 * K, 960))
-    stage = mcm(K, teacher_steps=points, x_var=None, c=1e-3, distance="squared" if K == 1 else "huber")
-    return Recipe((Phase(stage),), False, "multistep consistency model (arXiv 2403.06807): K segments, from images; one model per K")
+    stage = mcm(
+        K, teacher_steps=points, x_var=None, c=1e-3, distance="squared" if K == 1 else "huber"
+    )
+    return Recipe(
+        (Phase(stage),),
+        False,
+        "multistep consistency model (arXiv 2403.06807): K segments, from images; one model per K",
+    )
 
 
 def lcm_latent(K: int) -> Recipe:
-    stage = Stage(1, (50, 50), x_var=None, weight="x", distance="huber_elementwise", c=1e-3, target_ema=0.95)
-    return Recipe((Phase(stage),), True, "latent consistency model (arXiv 2310.04378): one segment of 50 steps, from images; one model for all step counts")
+    stage = Stage(
+        1, (50, 50), x_var=None, weight="x", distance="huber_elementwise", c=1e-3, target_ema=0.95
+    )
+    return Recipe(
+        (Phase(stage),),
+        True,
+        "latent consistency model (arXiv 2310.04378): one segment of 50 steps, from images; one model for all step counts",
+    )
 
 
 def mlcm_latent(K: int, preference: float = 0.1) -> Recipe:
@@ -156,34 +185,104 @@ def mlcm_latent(K: int, preference: float = 0.1) -> Recipe:
     only if its x_hat is a picture, and with more segments x_hat only leads to the start of one. preference: weight, not printed."""
 
     def stage(segments: int, **changes) -> Stage:
-        return Stage(segments, (1000, 1000), skip=40, x_var=None, weight="v", distance="squared", z_from="teacher", run=8, **changes)
+        return Stage(
+            segments,
+            (1000, 1000),
+            skip=40,
+            x_var=None,
+            weight="v",
+            distance="squared",
+            z_from="teacher",
+            run=8,
+            **changes,
+        )
 
     last = stage(1, extra=(("preference", preference),))
-    phases = (Phase(stage(8), 0.15), Phase(stage(4), 0.1), Phase(stage(2), 0.1), Phase(stage(1), 0.55), Phase(last, 0.1, 0.3))
-    return Recipe(phases, True, "multistep latent consistency (arXiv 2406.05768v1-3): 8, 4, 2, then 1 segment, then a preference; from prompts alone; one model for all step counts")
+    phases = (
+        Phase(stage(8), 0.15),
+        Phase(stage(4), 0.1),
+        Phase(stage(2), 0.1),
+        Phase(stage(1), 0.55),
+        Phase(last, 0.1, 0.3),
+    )
+    return Recipe(
+        phases,
+        True,
+        "multistep latent consistency (arXiv 2406.05768v1-3): 8, 4, 2, then 1 segment, then a preference; from prompts alone; one model for all step counts",
+    )
 
 
-def tlcm_latent(K: int, preference: float = 0.3, matching: float = 0.5, adversarial: float = 0.2) -> Recipe:
+def tlcm_latent(
+    K: int, preference: float = 0.3, matching: float = 0.5, adversarial: float = 0.2
+) -> Recipe:
     """Shares and rates are the paper's: 12,000, 2,000, 500 and 1,000 iterations, at 1e-4 and then 1e-5, the discriminator at 1e-4. The
     weights of the further objectives are not printed."""
-    first = Stage(8, (1000, 1000), skip=20, x_var=None, weight="q", distance="squared", z_from="teacher", run=8)
+    first = Stage(
+        8,
+        (1000, 1000),
+        skip=20,
+        x_var=None,
+        weight="q",
+        distance="squared",
+        z_from="teacher",
+        run=8,
+    )
 
     def later(**changes) -> Stage:
-        return Stage(1, (8, 8), x_var=None, weight="x", distance="squared", sub_steps=3, z_from="student", run=4, **changes)
+        return Stage(
+            1,
+            (8, 8),
+            x_var=None,
+            weight="x",
+            distance="squared",
+            sub_steps=3,
+            z_from="student",
+            run=4,
+            **changes,
+        )
 
     both = (("distribution_matching", matching), ("adversarial_diffused", adversarial))
-    phases = (Phase(first, 0.77), Phase(later(), 0.13, 0.1), Phase(later(extra=(("preference", preference),)), 0.03, 0.1), Phase(later(extra=both), 0.07, 0.1, 10))
-    return Recipe(phases, True, "training-efficient latent consistency (arXiv 2406.05768v6): 8 segments, then all at once on its own samples, preference, distribution matching, adversary; from prompts alone; one model for all step counts")
+    phases = (
+        Phase(first, 0.77),
+        Phase(later(), 0.13, 0.1),
+        Phase(later(extra=(("preference", preference),)), 0.03, 0.1),
+        Phase(later(extra=both), 0.07, 0.1, 10),
+    )
+    return Recipe(
+        phases,
+        True,
+        "training-efficient latent consistency (arXiv 2406.05768v6): 8 segments, then all at once on its own samples, preference, distribution matching, adversary; from prompts alone; one model for all step counts",
+    )
 
 
 def scott_latent(K: int, adversarial: float = 0.4) -> Recipe:
     """The discriminator's rate is the paper's 2e-5 over 8e-6 for the student."""
     stage = Stage(
-        1, (1000, 1000), skip=24, x_var=None, weight="x", distance="squared", sub_steps=3, noise="er5", order=2, target_ema=0.95,
+        1,
+        (1000, 1000),
+        skip=24,
+        x_var=None,
+        weight="x",
+        distance="squared",
+        sub_steps=3,
+        noise="er5",
+        order=2,
+        target_ema=0.95,
         extra=(("adversarial", adversarial),),
-    )  # fmt: skip
-    return Recipe((Phase(stage, critic_lr=2.5),), True, "stochastic consistency distillation (arXiv 2403.01505): the teacher's steps are an SDE's, with an adversary, from images; one model for all step counts")
+    )
+    return Recipe(
+        (Phase(stage, critic_lr=2.5),),
+        True,
+        "stochastic consistency distillation (arXiv 2403.01505): the teacher's steps are an SDE's, with an adversary, from images; one model for all step counts",
+    )
 
 
-RECIPES = {"cm": cm_latent, "lcm": lcm_latent, "mcm": mcm_latent, "mlcm": mlcm_latent, "tlcm": tlcm_latent, "scott": scott_latent}
+RECIPES = {
+    "cm": cm_latent,
+    "lcm": lcm_latent,
+    "mcm": mcm_latent,
+    "mlcm": mlcm_latent,
+    "tlcm": tlcm_latent,
+    "scott": scott_latent,
+}
 """Recipes by name, as functions of the number of steps K, which only those with a model per K heed."""

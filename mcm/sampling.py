@@ -53,20 +53,28 @@ def sample(
     trained = getattr(denoiser, "student_steps", None)
     steps = len(times) if times is not None else trained if steps is None else steps
     if steps is None:
-        raise InputError("this is a diffusion model, with no number of steps of its own: pass steps=")
+        raise InputError(
+            "this is a diffusion model, with no number of steps of its own: pass steps="
+        )
     if steps < 1:
         raise InputError(f"steps must be at least 1, not {steps}")
-    if trained and steps != trained and solver is not renoise:  # noised afresh, a one-segment model is asked what it knows at any t
+    if (
+        trained and steps != trained and solver is not renoise
+    ):  # noised afresh, a one-segment model is asked what it knows at any t
         warnings.warn(
             f"sampling a {trained}-step student in {steps} steps: it only learned to jump between the ends of its {trained} segments. "
             f"Use steps={trained}, or train a student for {steps}.",
             stacklevel=3,  # past torch.no_grad
         )
-    options = {"generator": generator} if "generator" in inspect.signature(solver).parameters else {}
+    options = (
+        {"generator": generator} if "generator" in inspect.signature(solver).parameters else {}
+    )
     times = [i / steps for i in range(steps, 0, -1)] if times is None else times
     times = torch.tensor([*times, 0.0], dtype=torch.float64, device=z.device)
     images = []
-    with tqdm(total=len(z), desc=progress, unit="img", leave=False, disable=progress is None) as bar:
+    with tqdm(
+        total=len(z), desc=progress, unit="img", leave=False, disable=progress is None
+    ) as bar:
         for start in range(0, len(z), chunk or max(1, len(z))):
             index = slice(start, start + (chunk or len(z)))
             part, y = z[index], rows(cond, index)
@@ -79,26 +87,55 @@ def sample(
 
 
 MILESTONES = {
-    1: (8,), 2: (8, 4), 3: (8, 4, 1), 4: (8, 6, 4, 1), 5: (8, 6, 4, 2, 1), 6: (8, 6, 4, 3, 2, 1), 7: (8, 6, 5, 4, 3, 2, 1), 8: (8, 7, 6, 5, 4, 3, 2, 1),
-}  # fmt: skip
+    1: (8,),
+    2: (8, 4),
+    3: (8, 4, 1),
+    4: (8, 6, 4, 1),
+    5: (8, 6, 4, 2, 1),
+    6: (8, 6, 4, 3, 2, 1),
+    7: (8, 6, 5, 4, 3, 2, 1),
+    8: (8, 7, 6, 5, 4, 3, 2, 1),
+}
 """In eighths of the time axis, where TLCM (arXiv 2406.05768, its released sampler) evaluates a student in so many re-noised steps."""
 
 
 def milestones(steps: int) -> list[float]:
     """Times for `sample` with `renoise`: TLCM's for up to 8 steps, equal steps beyond."""
-    return [i / 8 for i in MILESTONES[steps]] if steps in MILESTONES else [i / steps for i in range(steps, 0, -1)]
+    return (
+        [i / 8 for i in MILESTONES[steps]]
+        if steps in MILESTONES
+        else [i / steps for i in range(steps, 0, -1)]
+    )
 
 
 # --- where the states z_t of training come from: functions of one signature, chosen by Stage.z_from ----------------------------------------
 
 
-def data_states(stage: Stage, x: Tensor, noise: Tensor, t: Tensor, cond: Any, student: nn.Module, teacher: nn.Module, generator=None):
+def data_states(
+    stage: Stage,
+    x: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    cond: Any,
+    student: nn.Module,
+    teacher: nn.Module,
+    generator=None,
+):
     """Noised data. -> z_t, the clean image behind it (x itself)."""
     return noised(x, t, noise, student.schedule), x
 
 
 @torch.no_grad()
-def teacher_states(stage: Stage, x: None, noise: Tensor, t: Tensor, cond: Any, student: nn.Module, teacher: nn.Module, generator=None):
+def teacher_states(
+    stage: Stage,
+    x: None,
+    noise: Tensor,
+    t: Tensor,
+    cond: Any,
+    student: nn.Module,
+    teacher: nn.Module,
+    generator=None,
+):
     """The teacher's own denoising run from pure noise, stopped at t (TLCM, arXiv 2406.05768, algorithm 1). -> z_t, None.
 
     With M = stage.run segments, a sample in segment (s, s + 1] takes L = M - s equal DDIM steps from 1 to its t: 1 in the noisiest
@@ -119,12 +156,23 @@ def teacher_states(stage: Stage, x: None, noise: Tensor, t: Tensor, cond: Any, s
     for k in range(int(steps.max())):
         active = (steps > k).nonzero()[:, 0]
         a, b = (1 - (1 - t[active]) * n / steps[active] for n in (k, k + 1))
-        z[active] = ddim(teacher(z[active], a, rows(cond, active)), z[active], a, b, teacher.schedule).to(z.dtype)
+        z[active] = ddim(
+            teacher(z[active], a, rows(cond, active)), z[active], a, b, teacher.schedule
+        ).to(z.dtype)
     return z, None
 
 
 @torch.no_grad()
-def student_states(stage: Stage, x: None, noise: Tensor, t: Tensor, cond: Any, student: nn.Module, teacher: nn.Module, generator=None):
+def student_states(
+    stage: Stage,
+    x: None,
+    noise: Tensor,
+    t: Tensor,
+    cond: Any,
+    student: nn.Module,
+    teacher: nn.Module,
+    generator=None,
+):
     """The student's own sample in stage.run re-noised steps, noised afresh to t (TLCM, arXiv 2406.05768, algorithm 2). -> z_t, that sample."""
     x = sample(student, noise, stage.run, cond, renoise, generator)
     fresh = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)

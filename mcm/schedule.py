@@ -30,13 +30,21 @@ class CosineSchedule:
     shift_high: float = 0.0
 
     @classmethod
-    def interpolated(cls, resolution: int, noise_low: int, noise_high: int, clip: float | None = None) -> "CosineSchedule":
+    def interpolated(
+        cls, resolution: int, noise_low: int, noise_high: int, clip: float | None = None
+    ) -> "CosineSchedule":
         """The schedule that MCM writes as "interpolated cosine noise_low -> noise_high" for resolution x resolution images."""
-        return cls(clip, 2 * math.log(noise_low / resolution), 2 * math.log(noise_high / resolution))
+        return cls(
+            clip, 2 * math.log(noise_low / resolution), 2 * math.log(noise_high / resolution)
+        )
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t: any shape, in [0, 1] -> alpha, sigma of the same shape and dtype."""
-        a, b = (0.0, math.pi / 2) if self.clip is None else (math.atan(math.exp(-self.clip / 2)), math.atan(math.exp(self.clip / 2)))
+        a, b = (
+            (0.0, math.pi / 2)
+            if self.clip is None
+            else (math.atan(math.exp(-self.clip / 2)), math.atan(math.exp(self.clip / 2)))
+        )
         # cos(x) as sin(pi/2 - x): exactly 0 at x = pi/2, where cos in floating point is not.
         sin, cos = torch.sin(a + t * (b - a)), torch.sin((math.pi / 2 - a) - t * (b - a))
         if self.shift_low or self.shift_high:
@@ -60,13 +68,22 @@ class DiscreteSchedule:
     def __init__(self, alphas_cumprod: Tensor):
         """alphas_cumprod: (N,) falling from just below 1; alpha = sqrt(alphas_cumprod). Raises InputError if it is not that."""
         values = torch.as_tensor(alphas_cumprod, dtype=torch.float64).detach().cpu()
-        if values.ndim != 1 or not len(values) or not ((values >= 0) & (values < 1)).all() or not (values.diff() < 0).all():
-            raise InputError("alphas_cumprod must be one-dimensional, at least 0, below 1, and strictly falling")
+        if (
+            values.ndim != 1
+            or not len(values)
+            or not ((values >= 0) & (values < 1)).all()
+            or not (values.diff() < 0).all()
+        ):
+            raise InputError(
+                "alphas_cumprod must be one-dimensional, at least 0, below 1, and strictly falling"
+            )
         self.alphas_cumprod = values
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t: any shape, in [0, 1] -> alpha, sigma of the same shape and dtype."""
-        padded = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod]).to(t.device)  # entry 0 is t = 0
+        padded = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod]).to(
+            t.device
+        )  # entry 0 is t = 0
         alpha2 = padded[self._step(t)]
         return alpha2.sqrt().to(t.dtype), (1 - alpha2).sqrt().to(t.dtype)
 

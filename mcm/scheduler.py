@@ -18,7 +18,10 @@ from .solvers import ddim, expand
 
 def re_noising_timesteps(train_steps: int = 1000) -> dict[str, list[int]]:
     """TLCM's table (arXiv 2406.05768, its released sampler): timesteps for 1 to 8 steps."""
-    return {str(k): [round(i * train_steps / 8) - 1 for i in eighths] for k, eighths in MILESTONES.items()}
+    return {
+        str(k): [round(i * train_steps / 8) - 1 for i in eighths]
+        for k, eighths in MILESTONES.items()
+    }
 
 
 def uniform_timesteps(steps: Sequence[int], train_steps: int = 1000) -> dict[str, list[int]]:
@@ -40,49 +43,101 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, beta_schedule: str = "scaled_linear", trained_betas: list[float] | None = None,
-        prediction_type: str = "epsilon", rescale_betas_zero_snr: bool = False, timesteps: dict[str, list[int]] | None = None,
-    ):  # fmt: skip
-        base = DDIMScheduler(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr=rescale_betas_zero_snr)
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: list[float] | None = None,
+        prediction_type: str = "epsilon",
+        rescale_betas_zero_snr: bool = False,
+        timesteps: dict[str, list[int]] | None = None,
+    ):
+        base = DDIMScheduler(
+            num_train_timesteps,
+            beta_start,
+            beta_end,
+            beta_schedule,
+            trained_betas,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+        )
         self.alphas_cumprod = base.alphas_cumprod
         self.schedule = DiscreteSchedule(self.alphas_cumprod)
-        self.table = {int(k): list(v) for k, v in (timesteps or re_noising_timesteps(num_train_timesteps)).items()}
+        self.table = {
+            int(k): list(v)
+            for k, v in (timesteps or re_noising_timesteps(num_train_timesteps)).items()
+        }
         self.init_noise_sigma, self.num_inference_steps = 1.0, None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
 
     @classmethod
-    def like(cls, scheduler: SchedulerMixin, timesteps: dict[str, list[int]] | None = None) -> "MCMScheduler":
+    def like(
+        cls, scheduler: SchedulerMixin, timesteps: dict[str, list[int]] | None = None
+    ) -> "MCMScheduler":
         """With the noise schedule of the scheduler that came with a pipeline."""
         names = set(inspect.signature(cls.__init__).parameters) - {"self", "timesteps"}
-        return cls(**{name: value for name, value in scheduler.config.items() if name in names}, timesteps=timesteps)
+        return cls(
+            **{name: value for name, value in scheduler.config.items() if name in names},
+            timesteps=timesteps,
+        )
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None, timesteps: Sequence[int] | None = None):
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+    ):
         """Take the table's timesteps for this number of steps, or the ones given. Raises InputError for a number that is not in the table."""
         if timesteps is None:
             if num_inference_steps not in self.table:
                 known = ", ".join(map(str, sorted(self.table)))
-                raise InputError(f"this student was not trained for {num_inference_steps} steps: use num_inference_steps of {known}, or pass timesteps=")
+                raise InputError(
+                    f"this student was not trained for {num_inference_steps} steps: use num_inference_steps of {known}, or pass timesteps="
+                )
             timesteps = self.table[num_inference_steps]
         timesteps = [int(t) for t in timesteps]
-        if not timesteps or sorted(set(timesteps), reverse=True) != timesteps or not 0 <= timesteps[-1] <= timesteps[0] < len(self):
-            raise InputError(f"timesteps {timesteps} must fall strictly and lie between 0 and {len(self) - 1}")
-        self.num_inference_steps, self.timesteps = len(timesteps), torch.tensor(timesteps, device=device)
+        if (
+            not timesteps
+            or sorted(set(timesteps), reverse=True) != timesteps
+            or not 0 <= timesteps[-1] <= timesteps[0] < len(self)
+        ):
+            raise InputError(
+                f"timesteps {timesteps} must fall strictly and lie between 0 and {len(self) - 1}"
+            )
+        self.num_inference_steps, self.timesteps = (
+            len(timesteps),
+            torch.tensor(timesteps, device=device),
+        )
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         return sample
 
     def step(
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float = 0.0, generator: torch.Generator | list | None = None, return_dict: bool = True
-    ) -> SchedulerOutput | tuple[Tensor]:  # fmt: skip
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        generator: torch.Generator | list | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
         """From the network's output at this timestep to the sample at the next one; from the last timestep to x_hat itself."""
         place = (self.timesteps == timestep).nonzero()
         if len(place) != 1:
-            raise InputError(f"timestep {int(timestep)} is not among {self.timesteps.tolist()}: call set_timesteps first")
+            raise InputError(
+                f"timestep {int(timestep)} is not among {self.timesteps.tolist()}: call set_timesteps first"
+            )
         t, following = self._time(int(timestep), sample), self.timesteps[place[0, 0] + 1 :]
         z, output = sample.float(), model_output.float()
         alpha, sigma = (expand(a, z) for a in self.schedule(t))
         kind = self.config.prediction_type
-        x_hat = (z - sigma * output) / alpha if kind == "epsilon" else alpha * z - sigma * output if kind == "v_prediction" else output
+        x_hat = (
+            (z - sigma * output) / alpha
+            if kind == "epsilon"
+            else alpha * z - sigma * output
+            if kind == "v_prediction"
+            else output
+        )
         if not len(following):
             previous = x_hat
         else:
@@ -99,10 +154,17 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         t = (timesteps.double() + 1) / len(self)
-        return noised(original_samples.float(), t.to(original_samples.device).expand(len(original_samples)), noise.float(), self.schedule).to(original_samples.dtype)
+        return noised(
+            original_samples.float(),
+            t.to(original_samples.device).expand(len(original_samples)),
+            noise.float(),
+            self.schedule,
+        ).to(original_samples.dtype)
 
     def _time(self, timestep: int, like: Tensor) -> Tensor:
-        return torch.full((len(like),), (timestep + 1) / len(self), dtype=torch.float64, device=like.device)
+        return torch.full(
+            (len(like),), (timestep + 1) / len(self), dtype=torch.float64, device=like.device
+        )
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

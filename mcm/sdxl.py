@@ -30,9 +30,21 @@ from .schedule import DiscreteSchedule
 
 # The 14 module kinds of LCM-LoRA, which TLCM's release uses too.
 MODULES = [
-    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
-    "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
-]  # fmt: skip
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+]
 DECODER = r"(up_blocks\..*\.(" + "|".join(m.replace(".", r"\.") for m in MODULES) + r")|conv_out)"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 OMEGA_CHANNELS = 256  # of the embedding of the guidance scale (arXiv 2310.04378), as diffusers' pipelines compute it
@@ -53,7 +65,9 @@ def unconditional(cond: Condition) -> Condition:
     return cond._replace(states=torch.zeros_like(cond.states), pooled=torch.zeros_like(cond.pooled))
 
 
-LORA_LAYERS: WeakKeyDictionary = WeakKeyDictionary()  # UNet -> its layers with LoRAs: finding them takes a walk over 20,000 modules
+LORA_LAYERS: WeakKeyDictionary = (
+    WeakKeyDictionary()
+)  # UNet -> its layers with LoRAs: finding them takes a walk over 20,000 modules
 
 
 def lora_layers(unet: nn.Module) -> list[BaseTunerLayer]:
@@ -67,7 +81,9 @@ def active(unet: nn.Module, name: str | None) -> Iterator[None]:
     """Within this block the LoRA of this name, and no other, is on. What requires gradients does not change (unlike with
     peft's set_adapter), so that a student's backward pass may come after its teacher was asked."""
     layers, wanted = lora_layers(unet), [] if name is None else [name]
-    before = layers[0]._active_adapter if layers else wanted  # all layers always have the same ones on
+    before = (
+        layers[0]._active_adapter if layers else wanted
+    )  # all layers always have the same ones on
     if before == wanted:
         yield
         return
@@ -108,11 +124,25 @@ class Network(nn.Module):
         omega = None
         if self.unet.config.time_cond_proj_dim:
             if cond.omega is None:
-                raise InputError("this UNet takes the guidance scale as an input: pass a condition with omega")
-            omega = get_timestep_embedding(cond.omega.float() * 1000, self.unet.config.time_cond_proj_dim, flip_sin_to_cos=False, downscale_freq_shift=1).to(z.dtype)
+                raise InputError(
+                    "this UNet takes the guidance scale as an input: pass a condition with omega"
+                )
+            omega = get_timestep_embedding(
+                cond.omega.float() * 1000,
+                self.unet.config.time_cond_proj_dim,
+                flip_sin_to_cos=False,
+                downscale_freq_shift=1,
+            ).to(z.dtype)
         added = {"text_embeds": cond.pooled.to(z.dtype), "time_ids": cond.time_ids.to(z.dtype)}
         with active(self.unet, self.name):
-            return self.unet(z, index, cond.states.to(z.dtype), timestep_cond=omega, added_cond_kwargs=added, return_dict=False)[0]
+            return self.unet(
+                z,
+                index,
+                cond.states.to(z.dtype),
+                timestep_cond=omega,
+                added_cond_kwargs=added,
+                return_dict=False,
+            )[0]
 
 
 class SDXL:
@@ -122,8 +152,19 @@ class SDXL:
     checkpointing: gradient checkpointing. Raises InputError for a noise schedule or a rank that cannot work.
     """
 
-    def __init__(self, pipe: StableDiffusionXLPipeline, rank: int, alpha: float | None = None, checkpointing: bool = False):
-        self.pipe, self.rank, self.alpha, self.checkpointing = pipe, rank, rank if alpha is None else alpha, checkpointing
+    def __init__(
+        self,
+        pipe: StableDiffusionXLPipeline,
+        rank: int,
+        alpha: float | None = None,
+        checkpointing: bool = False,
+    ):
+        self.pipe, self.rank, self.alpha, self.checkpointing = (
+            pipe,
+            rank,
+            rank if alpha is None else alpha,
+            checkpointing,
+        )
         self.device, self.unet = pipe.unet.device, pipe.unet.requires_grad_(False).eval()
         self.schedule, self.prediction = noise_schedule(pipe.scheduler)
         self.unets: dict[str | None, UNet2DConditionModel] = {None: self.unet}
@@ -137,7 +178,14 @@ class SDXL:
             pipe.vae.enable_gradient_checkpointing()
             pipe.vae.train()  # diffusers checkpoints only then; there is nothing else in it that training changes
 
-    def add(self, name: str, like: str | None = None, modules: list[str] | str = MODULES, full: bool = False, guidance_input: bool = False) -> dict[str, nn.Parameter]:
+    def add(
+        self,
+        name: str,
+        like: str | None = None,
+        modules: list[str] | str = MODULES,
+        full: bool = False,
+        guidance_input: bool = False,
+    ) -> dict[str, nn.Parameter]:
         """A new set of weights that starts as `like` (None: the teacher). -> its parameters by name.
 
         modules: which layers get a LoRA. full: a copy of the whole UNet instead; with guidance_input it takes omega as an input.
@@ -145,18 +193,38 @@ class SDXL:
         if full:
             source = self.unets[like]
             # (diffusers would reset an argument to its default because it once had it)
-            unet = UNet2DConditionModel.from_config({k: v for k, v in source.config.items() if k != "_use_default_values"}).to(self.device)
+            unet = UNet2DConditionModel.from_config(
+                {k: v for k, v in source.config.items() if k != "_use_default_values"}
+            ).to(self.device)
             # without LoRAs that critics may have on it, or leave behind
-            unet.load_state_dict({k.replace(".base_layer.", "."): v for k, v in source.state_dict().items() if "lora_" not in k})
+            unet.load_state_dict(
+                {
+                    k.replace(".base_layer.", "."): v
+                    for k, v in source.state_dict().items()
+                    if "lora_" not in k
+                }
+            )
             if guidance_input and not unet.config.time_cond_proj_dim:
                 give_guidance_input(unet)
-            self.unets[name] = unet.requires_grad_(True).eval().to(memory_format=torch.channels_last)
+            self.unets[name] = (
+                unet.requires_grad_(True).eval().to(memory_format=torch.channels_last)
+            )
             if self.checkpointing:
                 checkpoint_gradients(unet)
             return self.weights(name)
-        with warnings.catch_warnings():  # peft: "this will lead to having multiple adapters", which is the idea
+        with (
+            warnings.catch_warnings()
+        ):  # peft: "this will lead to having multiple adapters", which is the idea
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
-            self.unet.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=modules, init_lora_weights="gaussian"), name)
+            self.unet.add_adapter(
+                LoraConfig(
+                    r=self.rank,
+                    lora_alpha=self.alpha,
+                    target_modules=modules,
+                    init_lora_weights="gaussian",
+                ),
+                name,
+            )
         self.unets[name] = self.unet
         LORA_LAYERS.pop(self.unet, None)
         weights, source = self.weights(name), {} if like is None else self.weights(like)
@@ -165,7 +233,9 @@ class SDXL:
                 value.data = value.data.float()
                 if source:
                     value.copy_(source[key])
-        for layer in lora_layers(self.unet):  # all off, and all trainable: peft has switched the new one on and frozen the others
+        for layer in lora_layers(
+            self.unet
+        ):  # all off, and all trainable: peft has switched the new one on and frozen the others
             layer._active_adapter = []
         for key, value in self.unet.named_parameters():
             value.requires_grad_("lora_" in key)
@@ -175,7 +245,11 @@ class SDXL:
         """The parameters of a set of weights by name; the names do not contain the set's."""
         if self.unets[name] is not self.unet:
             return dict(self.unets[name].named_parameters())
-        return {k.replace(f".{name}.", "."): v for k, v in self.unet.named_parameters() if f"lora_A.{name}." in k or f"lora_B.{name}." in k}
+        return {
+            k.replace(f".{name}.", "."): v
+            for k, v in self.unet.named_parameters()
+            if f"lora_A.{name}." in k or f"lora_B.{name}." in k
+        }
 
     def remove(self, name: str) -> None:
         """Forget a set of weights."""
@@ -189,19 +263,31 @@ class SDXL:
         return Denoiser(Network(self.unets[name], name), self.schedule, self.prediction)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], size: int | None = None, chunk: int = 64, folder: Path | None = None) -> Condition:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        size: int | None = None,
+        chunk: int = 64,
+        folder: Path | None = None,
+    ) -> Condition:
         """Prompts -> conditions, on the CPU, computed once. size: image side in pixels, for the time ids. folder: keep the states there
         instead of in memory, where SDXL's are 0.3 MB a prompt."""
         pooled = []
 
         def states() -> Iterator[Tensor]:
             for start in range(0, len(prompts), chunk):
-                part, _, of_part, _ = self.pipe.encode_prompt(list(prompts[start : start + chunk]), device=self.device, do_classifier_free_guidance=False)
+                part, _, of_part, _ = self.pipe.encode_prompt(
+                    list(prompts[start : start + chunk]),
+                    device=self.device,
+                    do_classifier_free_guidance=False,
+                )
                 pooled.append(of_part.cpu())
                 yield part.cpu()
 
         size = size or self.size * self.pipe.vae_scale_factor
-        ids = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32).expand(len(prompts), 6)
+        ids = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32).expand(
+            len(prompts), 6
+        )
         return Condition(collected(states(), folder), torch.cat(pooled), ids)
 
     @torch.no_grad()
@@ -212,34 +298,47 @@ class SDXL:
         def latents() -> Iterator[Tensor]:
             for part in images.split(max(1, 2**16 // images[0, 0].numel())):
                 part = part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part
-                yield (vae.encode(part.to(self.device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor).cpu()
+                yield (
+                    vae.encode(part.to(self.device, vae.dtype)).latent_dist.mode().float()
+                    * vae.config.scaling_factor
+                ).cpu()
 
         return collected(latents(), folder)
 
     def to_images(self, latents: Tensor) -> Tensor:
         """latents (n, 4, h, w) -> images (n, 3, H, W) in [-1, 1], with gradient."""
         vae = self.pipe.vae
-        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].float()
+        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[
+            0
+        ].float()
 
     def save(self, out: Path, name: str = "average") -> None:
         """Write this set of weights for stock diffusers: out/pytorch_lora_weights.safetensors, or out/unet."""
         if self.unets[name] is not self.unet:
             self.unets[name].save_pretrained(out / "unet", max_shard_size="20GB")
             return
-        layers = get_peft_model_state_dict(self.unet, adapter_name=name)  # not converted: a mixed file would lose its attention layers
+        layers = get_peft_model_state_dict(
+            self.unet, adapter_name=name
+        )  # not converted: a mixed file would lose its attention layers
         config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": MODULES}
-        StableDiffusionXLPipeline.save_lora_weights(out, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
+        StableDiffusionXLPipeline.save_lora_weights(
+            out, unet_lora_layers=layers, unet_lora_adapter_metadata=config
+        )
 
     def load(self, name: str, out: Path, full: bool = False) -> None:
         """Take back, under this name, weights that `save` wrote to `out`."""
         if full:
-            self.unets[name] = UNet2DConditionModel.from_pretrained(out / "unet").to(self.device, memory_format=torch.channels_last)
+            self.unets[name] = UNet2DConditionModel.from_pretrained(out / "unet").to(
+                self.device, memory_format=torch.channels_last
+            )
             return
         tensors = read_lora(out)
         weights = self.add(name)
         shapes = {f"unet.{key}": value.shape for key, value in weights.items()}
         if {key: value.shape for key, value in tensors.items()} != shapes:
-            raise InputError(f"{out} holds a LoRA of other layers or of another rank than {self.rank}: it belongs to another pipeline or run")
+            raise InputError(
+                f"{out} holds a LoRA of other layers or of another rank than {self.rank}: it belongs to another pipeline or run"
+            )
         with torch.no_grad():
             for key, value in weights.items():
                 value.copy_(tensors[f"unet.{key}"])
@@ -247,10 +346,14 @@ class SDXL:
     def _check_rank(self) -> None:
         """A rank beyond a layer's width buys nothing, and is a mistake."""
         for key, module in self.unet.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and key.endswith(tuple(f".{m}" for m in MODULES)):
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and key.endswith(
+                tuple(f".{m}" for m in MODULES)
+            ):
                 most = min(module.weight.shape[0], module.weight[0].numel())
                 if self.rank > most:
-                    raise InputError(f"rank {self.rank} is larger than layer {key} ({tuple(module.weight.shape)}) can use: choose at most {most}")
+                    raise InputError(
+                        f"rank {self.rank} is larger than layer {key} ({tuple(module.weight.shape)}) can use: choose at most {most}"
+                    )
 
 
 def read_lora(folder: Path) -> dict[str, Tensor]:
@@ -262,7 +365,9 @@ def read_lora(folder: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise InputError(f"{path} is not readable ({error}): truncated, or another format") from None
+        raise InputError(
+            f"{path} is not readable ({error}): truncated, or another format"
+        ) from None
     if any(key.startswith("base_model.model.") for key in tensors):
         raise InputError(
             f"{path} is a raw PEFT file (its keys start with base_model.model.), of which diffusers' load_lora_weights loads nothing. "
@@ -275,14 +380,18 @@ def read_lora(folder: Path) -> dict[str, Tensor]:
             "Save get_peft_model_state_dict(unet) without converting it, as SDXL.save does."
         )
     if not new or not all(key.startswith("unet.") for key in tensors):
-        raise InputError(f"{path} is not a LoRA of a UNet in PEFT's naming (unet.LAYER.lora_A.weight)")
+        raise InputError(
+            f"{path} is not a LoRA of a UNet in PEFT's naming (unet.LAYER.lora_A.weight)"
+        )
     return tensors
 
 
 def give_guidance_input(unet: UNet2DConditionModel) -> None:
     """Let a UNet take the embedding of omega (arXiv 2310.04378): a linear layer into its time embedding, zero at first."""
     linear = unet.time_embedding.linear_1
-    unet.time_embedding.cond_proj = nn.Linear(OMEGA_CHANNELS, linear.in_features, bias=False).to(linear.weight.device, linear.weight.dtype)
+    unet.time_embedding.cond_proj = nn.Linear(OMEGA_CHANNELS, linear.in_features, bias=False).to(
+        linear.weight.device, linear.weight.dtype
+    )
     nn.init.zeros_(unet.time_embedding.cond_proj.weight)
     unet.register_to_config(time_cond_proj_dim=OMEGA_CHANNELS)
 
@@ -292,34 +401,62 @@ def noise_schedule(scheduler) -> tuple[DiscreteSchedule, str]:
     alphas = getattr(scheduler, "alphas_cumprod", None)
     kind = scheduler.config.get("prediction_type", "epsilon")
     if alphas is None:
-        raise InputError(f"{type(scheduler).__name__} has no alphas_cumprod: only variance-preserving schedules of discrete steps (as SDXL's) are supported")
+        raise InputError(
+            f"{type(scheduler).__name__} has no alphas_cumprod: only variance-preserving schedules of discrete steps (as SDXL's) are supported"
+        )
     known = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x"}
     if kind not in known:
         raise InputError(f"prediction type {kind!r} is not supported: {', '.join(known)} are")
     return DiscreteSchedule(alphas), known[kind]
 
 
-def load_pipeline(source: str, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
+def load_pipeline(
+    source: str, dtype: torch.dtype, device: torch.device
+) -> StableDiffusionXLPipeline:
     """A pipeline from a folder or a hub id. Raises InputError if it is not there or is not an SDXL pipeline."""
     path = Path(source)
     if path.exists():
         index = path / "model_index.json"
         if not index.is_file():
-            raise InputError(f"{source} has no model_index.json: it is not a saved diffusers pipeline")
+            raise InputError(
+                f"{source} has no model_index.json: it is not a saved diffusers pipeline"
+            )
         kind = json.loads(index.read_text())
-        missing = [part for part in ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler") if part not in kind]
+        missing = [
+            part
+            for part in (
+                "unet",
+                "vae",
+                "text_encoder",
+                "text_encoder_2",
+                "tokenizer",
+                "tokenizer_2",
+                "scheduler",
+            )
+            if part not in kind
+        ]
         if missing:
-            raise InputError(f"{source} is a {kind.get('_class_name', 'pipeline of no name')}, not an SDXL pipeline: it has no {', '.join(missing)}")
+            raise InputError(
+                f"{source} is a {kind.get('_class_name', 'pipeline of no name')}, not an SDXL pipeline: it has no {', '.join(missing)}"
+            )
     try:
-        with warnings.catch_warnings():  # newer versions of diffusers call the argument dtype; all know this name
+        with (
+            warnings.catch_warnings()
+        ):  # newer versions of diffusers call the argument dtype; all know this name
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
             pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        where = "the folder is damaged" if path.exists() else "it is no folder here, and the hub did not give it. Without a network, pass a folder that holds a saved pipeline"
+        where = (
+            "the folder is damaged"
+            if path.exists()
+            else "it is no folder here, and the hub did not give it. Without a network, pass a folder that holds a saved pipeline"
+        )
         raise InputError(f"{source} could not be loaded: {where} ({reason})") from None
     if pipe.unet.config.addition_embed_type != "text_time":
-        raise InputError(f"{source} is a {type(pipe).__name__} whose UNet has addition_embed_type {pipe.unet.config.addition_embed_type!r}; SDXL's is 'text_time'")
+        raise InputError(
+            f"{source} is a {type(pipe).__name__} whose UNet has addition_embed_type {pipe.unet.config.addition_embed_type!r}; SDXL's is 'text_time'"
+        )
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)

@@ -47,7 +47,14 @@ def inverse_ddim(z_s: Tensor, z_t: Tensor, t: Tensor, s: Tensor, schedule: Sched
     return (z_s - expand(ratio, z_t) * z_t) / expand(alpha_s - alpha_t * ratio, z_t)
 
 
-def addim(x_hat: Tensor, z_t: Tensor, t: Tensor, s: Tensor, schedule: Schedule, x_var: Tensor | None = None) -> Tensor:
+def addim(
+    x_hat: Tensor,
+    z_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    schedule: Schedule,
+    x_var: Tensor | None = None,
+) -> Tensor:
     """Adjusted DDIM (arXiv 2403.06807, section 3.2, eqs. 10-14): DDIM with the noise inflated to the right norm.
 
     E[x|z_t] is an average, so DDIM's z_s has too little variance: the missing part is (alpha_s - alpha_t sigma_s / sigma_t)^2
@@ -62,15 +69,26 @@ def addim(x_hat: Tensor, z_t: Tensor, t: Tensor, s: Tensor, schedule: Schedule, 
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
     if x_var is None:
         x_var = 0.1 * sigma_t**2 / (2 * sigma_t**2 + alpha_t**2)
-    eps_hat = (z_t - expand(alpha_t, z_t) * x_hat) / expand(torch.where(sigma_t > 0, sigma_t, 1.0), z_t)
+    eps_hat = (z_t - expand(alpha_t, z_t) * x_hat) / expand(
+        torch.where(sigma_t > 0, sigma_t, 1.0), z_t
+    )
     z_var = (alpha_s - alpha_t * _ratio(sigma_s, sigma_t)) ** 2 * x_var
     extra = z_var / mean_over_dims(eps_hat**2).clamp_min(1e-12)
     # sqrt(sigma_s^2 + extra) - sigma_s, written without its cancellation
     inflation = extra / torch.where(s > 0, torch.sqrt(sigma_s**2 + extra) + sigma_s, 1.0)
-    return ddim(x_hat, z_t, t, s, schedule) + expand(torch.where(s > 0, inflation, 0.0), z_t) * eps_hat
+    return (
+        ddim(x_hat, z_t, t, s, schedule) + expand(torch.where(s > 0, inflation, 0.0), z_t) * eps_hat
+    )
 
 
-def renoise(x_hat: Tensor, z_t: Tensor, t: Tensor, s: Tensor, schedule: Schedule, generator: torch.Generator | None = None) -> Tensor:
+def renoise(
+    x_hat: Tensor,
+    z_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    schedule: Schedule,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Multistep consistency sampling (arXiv 2303.01469, algorithm 1): forget z_t and noise x_hat afresh, z_s = alpha_s x_hat + sigma_s noise."""
     alpha_s, sigma_s = schedule(s)
     noise = torch.randn(z_t.shape, dtype=z_t.dtype, device=z_t.device, generator=generator)
@@ -81,7 +99,9 @@ def renoise(x_hat: Tensor, z_t: Tensor, t: Tensor, s: Tensor, schedule: Schedule
 NOISE_SCALES = {
     "ode": torch.zeros_like,  # phi = lambda: no noise, DDIM
     "sde": lambda u: u,  # phi = lambda^2: the reverse SDE, ancestral sampling
-    "er5": lambda u: torch.logaddexp(torch.exp(0.3 * u), torch.tensor(10.0, dtype=u.dtype, device=u.device).log()),  # lambda (exp(lambda^0.3) + 10)
+    "er5": lambda u: torch.logaddexp(
+        torch.exp(0.3 * u), torch.tensor(10.0, dtype=u.dtype, device=u.device).log()
+    ),  # lambda (exp(lambda^0.3) + 10)
 }
 
 
@@ -111,26 +131,52 @@ def er_sde(
     alpha_s (lambda_s - lambda_t + phi(lambda_s) I) (x_hat - x_hat_prev) / (lambda_t - lambda_prev), I = integral of d lambda / phi from s to t.
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
-    log_t, log_s = (torch.log((sigma / alpha.clamp_min(1e-30)).clamp(1e-12, 1e12)) for alpha, sigma in ((alpha_t, sigma_t), (alpha_s, sigma_s)))
+    log_t, log_s = (
+        torch.log((sigma / alpha.clamp_min(1e-30)).clamp(1e-12, 1e12))
+        for alpha, sigma in ((alpha_t, sigma_t), (alpha_s, sigma_s))
+    )
     if isinstance(noise_scale, str):
         log_h = NOISE_SCALES[noise_scale]
         g = torch.exp(log_h(log_s) - log_h(log_t))
     else:
         # DDIM's sigma(eta) / sigma_s = eta sqrt(1 - alpha_t^2 / alpha_s^2) / sigma_t
-        fresh = noise_scale * torch.sqrt((1 - (alpha_t / alpha_s.clamp_min(1e-30)) ** 2).clamp_min(0)) / torch.where(sigma_t > 0, sigma_t, 1.0)
+        fresh = (
+            noise_scale
+            * torch.sqrt((1 - (alpha_t / alpha_s.clamp_min(1e-30)) ** 2).clamp_min(0))
+            / torch.where(sigma_t > 0, sigma_t, 1.0)
+        )
         g = torch.sqrt((1 - fresh**2).clamp_min(0))
     g = torch.where(s == t, 1.0, g)
     ratio = _ratio(sigma_s, sigma_t) * g
     noise = torch.randn(z_t.shape, dtype=z_t.dtype, device=z_t.device, generator=generator)
-    z_s = expand(ratio, z_t) * z_t + expand(alpha_s - alpha_t * ratio, z_t) * x_hat + expand(sigma_s * torch.sqrt(1 - g**2), z_t) * noise
+    z_s = (
+        expand(ratio, z_t) * z_t
+        + expand(alpha_s - alpha_t * ratio, z_t) * x_hat
+        + expand(sigma_s * torch.sqrt(1 - g**2), z_t) * noise
+    )
     if x_hat_prev is None or not isinstance(noise_scale, str):
         return z_s
     alpha_prev, sigma_prev = schedule(t_prev)
-    lambda_t, lambda_s, lambda_prev = (torch.exp(log_t), torch.exp(log_s), sigma_prev / torch.where(alpha_prev > 0, alpha_prev, 1.0))
+    lambda_t, lambda_s, lambda_prev = (
+        torch.exp(log_t),
+        torch.exp(log_s),
+        sigma_prev / torch.where(alpha_prev > 0, alpha_prev, 1.0),
+    )
     # by the noise levels, not the times: a discrete schedule may round different times to one level
     defined = (alpha_prev > 0) & (lambda_prev - lambda_t > 1e-9 * lambda_t) & (log_s < log_t)
-    path = log_s + (log_t - log_s) * torch.linspace(0, 1, 101, dtype=t.dtype, device=t.device)[:, None]
+    path = (
+        log_s + (log_t - log_s) * torch.linspace(0, 1, 101, dtype=t.dtype, device=t.device)[:, None]
+    )
     # phi(lambda_s) I, with d lambda / phi = d log lambda / h
-    integral = torch.trapezoid(torch.exp(log_h(log_s) - log_h(path)), dim=0) / 100 * (log_t - log_s) * lambda_s
-    factor = alpha_s * (lambda_s - lambda_t + integral) / torch.where(defined, lambda_t - lambda_prev, 1.0)
+    integral = (
+        torch.trapezoid(torch.exp(log_h(log_s) - log_h(path)), dim=0)
+        / 100
+        * (log_t - log_s)
+        * lambda_s
+    )
+    factor = (
+        alpha_s
+        * (lambda_s - lambda_t + integral)
+        / torch.where(defined, lambda_t - lambda_prev, 1.0)
+    )
     return z_s + expand(torch.where(defined, factor, 0.0), z_t) * (x_hat - x_hat_prev)

@@ -81,17 +81,24 @@ def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
     """Which of n images make up the batch of this step, (batch,): shuffled passes over the data, as a function of the step alone."""
     position = torch.arange(step * batch, (step + 1) * batch)
     epochs = range(int(position[0]) // n, int(position[-1]) // n + 1)
-    return torch.cat([permutation(n, seed, e)[position[position // n == e] - e * n] for e in epochs])
+    return torch.cat(
+        [permutation(n, seed, e)[position[position // n == e] - e * n] for e in epochs]
+    )
 
 
 @contextmanager
 def deferred_interrupt():
     """Within this block Ctrl-C and SIGTERM only set a flag, which the yielded function reads: a step is never cut in two."""
     asked = []
-    if threading.current_thread() is not threading.main_thread():  # signals only reach the main thread
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # signals only reach the main thread
         yield lambda: False
         return
-    previous = {which: signal.signal(which, lambda *_: asked.append(True)) for which in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        which: signal.signal(which, lambda *_: asked.append(True))
+        for which in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield lambda: bool(asked)
     finally:
@@ -113,21 +120,33 @@ class Learner:
     every update. clip: the largest gradient norm.
     """
 
-    def __init__(self, weights: dict[str, Tensor], clip: float, averages: Sequence[tuple[dict[str, Tensor], Callable[[int], float]]] = (), weight_decay: float = 0.0):
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        clip: float,
+        averages: Sequence[tuple[dict[str, Tensor], Callable[[int], float]]] = (),
+        weight_decay: float = 0.0,
+    ):
         self.weights, self.clip, self.averages = weights, clip, averages
-        self.optimizer = torch.optim.AdamW(list(weights.values()), 0.0, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            list(weights.values()), 0.0, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+        )
 
     def update(self, lr: float, step: int) -> Tensor:
         """One step along the gradients that have been gathered, or none at all unless they are finite; -> their norm."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.clip)
-        self.optimizer.found_inf = (~norm.isfinite()).float()  # the fused kernels look at it where it is: the host does not wait
+        self.optimizer.found_inf = (
+            ~norm.isfinite()
+        ).float()  # the fused kernels look at it where it is: the host does not wait
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
             for average, decay in self.averages:
-                torch._foreach_lerp_([average[k] for k in self.weights], list(self.weights.values()), 1 - decay(step))
+                torch._foreach_lerp_(
+                    [average[k] for k in self.weights], list(self.weights.values()), 1 - decay(step)
+                )
         return norm
 
     def state(self) -> dict[str, Tensor]:
@@ -141,7 +160,9 @@ class Learner:
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `state` gave. Raises KeyError, IndexError, ValueError or RuntimeError if it is of other weights."""
-        for prefix, group in [("raw.", self.weights)] + [(f"average{n}.", average) for n, (average, _) in enumerate(self.averages)]:
+        for prefix, group in [("raw.", self.weights)] + [
+            (f"average{n}.", average) for n, (average, _) in enumerate(self.averages)
+        ]:
             if {k for k in tensors if k.startswith(prefix)} != {prefix + k for k in group}:
                 raise KeyError(prefix)
             for key, value in group.items():
@@ -154,7 +175,9 @@ class Learner:
                 if value.ndim:  # in the parameter's memory layout, which the file does not keep and the fused kernels rely on
                     value = torch.empty_like(parameter).copy_(same_shape(value, parameter))
                 state.setdefault(int(index), {})[entry] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.optimizer.load_state_dict(
+            {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
 
 
 def train(
@@ -178,34 +201,62 @@ def train(
     device = next(denoiser.parameters()).device
     denoiser.requires_grad_(True).train()
     averaged = copy.deepcopy(denoiser).requires_grad_(False).eval()
-    learner = Learner(dict(denoiser.named_parameters()), settings.clip, [(dict(averaged.named_parameters()), settings.ema_at)])
+    learner = Learner(
+        dict(denoiser.named_parameters()),
+        settings.clip,
+        [(dict(averaged.named_parameters()), settings.ema_at)],
+    )
     network, processes = denoiser.network, parallel.place()[1]
     if settings.compile:
         network = torch.compile(network)
     if processes > 1:  # averages the gradients of the processes in every backward pass
-        network = parallel.own_randomness(DistributedDataParallel(network, broadcast_buffers=False), device)
-    model = denoiser if network is denoiser.network else Denoiser(network, denoiser.schedule, denoiser.prediction, denoiser.student_steps)
+        network = parallel.own_randomness(
+            DistributedDataParallel(network, broadcast_buffers=False), device
+        )
+    model = (
+        denoiser
+        if network is denoiser.network
+        else Denoiser(network, denoiser.schedule, denoiser.prediction, denoiser.student_steps)
+    )
 
     def step(index: int) -> Step:
-        rows = batch_indices(len(data.images), settings.batch, index, settings.seed).to(device, non_blocking=True)  # else the host waits for the device
+        rows = batch_indices(len(data.images), settings.batch, index, settings.seed).to(
+            device, non_blocking=True
+        )  # else the host waits for the device
         outputs = []
         for part in rows.chunk(settings.accumulate):
             share = len(part) / len(rows)
             part = parallel.own(part)
             x = to_float(data.images[part])
             if settings.augment:
-                x = torch.where(parallel.draw(lambda n: torch.rand(n, 1, 1, 1, device=device), len(x)) < 0.5, x.flip(-1), x)
+                x = torch.where(
+                    parallel.draw(lambda n: torch.rand(n, 1, 1, 1, device=device), len(x)) < 0.5,
+                    x.flip(-1),
+                    x,
+                )
             # Without the cache: it would hand the target call's weights, cast without gradient, to the student's call.
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False):
+            with torch.autocast(
+                device.type,
+                torch.bfloat16,
+                enabled=settings.precision == "bf16",
+                cache_enabled=False,
+            ):
                 try:
                     output = loss_function(model, x, data.labels[part], index / settings.iterations)
                 except torch._dynamo.exc.TorchDynamoException as error:
                     reason = str(error).splitlines()[0]
-                    raise InputError(f"the network cannot be compiled here ({reason}): leave out --compile, or install a C++ compiler (CPU) or Triton (GPU)") from None
+                    raise InputError(
+                        f"the network cannot be compiled here ({reason}): leave out --compile, or install a C++ compiler (CPU) or Triton (GPU)"
+                    ) from None
             (output.loss * share).backward()
             outputs.append(output)
         norm = learner.update(settings.lr_at(index), index)
-        return Step(torch.cat([o.per_sample.detach() for o in outputs]), torch.cat([o.t for o in outputs]), norm, {})
+        return Step(
+            torch.cat([o.per_sample.detach() for o in outputs]),
+            torch.cat([o.t for o in outputs]),
+            norm,
+            {},
+        )
 
     def saved(step: int, seconds: float, new: bool) -> Callable[[], None] | None:
         averaged.metadata = metadata | {"step": step, "seconds": round(seconds, 1)}
@@ -259,20 +310,41 @@ def loop(
         forget_log(out / "log.jsonl", name, first)
     parallel.wait()  # none may write before all have read
 
-    steps = tqdm(range(first, settings.iterations), name, initial=first, total=settings.iterations, unit="it")
-    done, started, processes, writing, stop = [], time.perf_counter(), parallel.place()[1], [], False
-    with deferred_interrupt() as interrupted, ThreadPoolExecutor(1) as writer:  # the next steps do not wait for the disk
+    steps = tqdm(
+        range(first, settings.iterations), name, initial=first, total=settings.iterations, unit="it"
+    )
+    done, started, processes, writing, stop = (
+        [],
+        time.perf_counter(),
+        parallel.place()[1],
+        [],
+        False,
+    )
+    with (
+        deferred_interrupt() as interrupted,
+        ThreadPoolExecutor(1) as writer,
+    ):  # the next steps do not wait for the disk
         for index in steps:
             torch.manual_seed(mixed(settings.seed, index))
             done.append(step(index))
             logging = (index + 1) % settings.log_every == 0
             # several processes have to agree, and do so every tenth step
-            stop = interrupted() if processes == 1 else (index + 1) % 10 == 0 and parallel.any_process(interrupted(), done[-1].per_sample.device)
-            saving = stop or index + 1 == settings.iterations or (index + 1) % settings.save_every == 0
+            stop = (
+                interrupted()
+                if processes == 1
+                else (index + 1) % 10 == 0
+                and parallel.any_process(interrupted(), done[-1].per_sample.device)
+            )
+            saving = (
+                stop or index + 1 == settings.iterations or (index + 1) % settings.save_every == 0
+            )
             if saving or logging:
                 done = of_all_processes(done)
                 good = finite(done)
-                line, skipped = summary(done, good, segments, index + 1, name), trailing(good, skipped)
+                line, skipped = (
+                    summary(done, good, segments, index + 1, name),
+                    trailing(good, skipped),
+                )
                 if skipped >= min(MOST_SKIPPED, settings.iterations // 4 + 1):
                     raise InputError(
                         f"{name}: the loss or its gradient is no longer finite, from step {index + 2 - skipped} on. What was saved before is intact. "
@@ -281,10 +353,18 @@ def loop(
                 seconds, started = time.perf_counter() - started, time.perf_counter()
                 elapsed += seconds
                 rate = sum(len(d.per_sample) for d in done) / seconds
-                line |= {"lr": settings.lr_at(index), "seconds": round(seconds, 3), "images_per_second": round(rate, 1)}
+                line |= {
+                    "lr": settings.lr_at(index),
+                    "seconds": round(seconds, 3),
+                    "images_per_second": round(rate, 1),
+                }
                 if line["skipped"]:
-                    steps.write(f"{name}: {line['skipped']} of the {len(done)} steps up to {index + 1} were skipped, as their gradients were not finite")
-                steps.set_postfix(loss=f"{line['loss'] or math.nan:.4f}", img_s=f"{rate:.0f}", refresh=False)
+                    steps.write(
+                        f"{name}: {line['skipped']} of the {len(done)} steps up to {index + 1} were skipped, as their gradients were not finite"
+                    )
+                steps.set_postfix(
+                    loss=f"{line['loss'] or math.nan:.4f}", img_s=f"{rate:.0f}", refresh=False
+                )
                 if parallel.first():
                     with (out / "log.jsonl").open("a") as log:
                         log.write(json.dumps(line) + "\n")
@@ -294,15 +374,23 @@ def loop(
                     job.result()  # raises what went wrong there
                 writing = []
                 if parallel.first():
-                    tensors = {f"{n}/{key}": value.detach().to("cpu", copy=True) for n, learner in learners.items() for key, value in learner.state().items()}
-                    writing.append(writer.submit(save_state, state_file, tensors, settings, index + 1, elapsed))
+                    tensors = {
+                        f"{n}/{key}": value.detach().to("cpu", copy=True)
+                        for n, learner in learners.items()
+                        for key, value in learner.state().items()
+                    }
+                    writing.append(
+                        writer.submit(save_state, state_file, tensors, settings, index + 1, elapsed)
+                    )
                 if write_more := saved(index + 1, elapsed, True):
                     writing.append(writer.submit(write_more))
             if stop:
                 break
         for job in writing:
             job.result()
-        if stop or parallel.any_process(interrupted(), next(iter(next(iter(learners.values())).weights.values())).device):
+        if stop or parallel.any_process(
+            interrupted(), next(iter(next(iter(learners.values())).weights.values())).device
+        ):
             raise KeyboardInterrupt
     parallel.wait()  # what comes next may read the files
 
@@ -311,7 +399,10 @@ def of_all_processes(done: list[Step]) -> list[Step]:
     """The same steps with every process's samples."""
     if parallel.place()[1] == 1:
         return done
-    losses, times = (parallel.gathered(torch.stack([getattr(d, key) for d in done], 1)) for key in ("per_sample", "t"))
+    losses, times = (
+        parallel.gathered(torch.stack([getattr(d, key) for d in done], 1))
+        for key in ("per_sample", "t")
+    )
     return [d._replace(per_sample=losses[:, i], t=times[:, i]) for i, d in enumerate(done)]
 
 
@@ -330,7 +421,10 @@ def forget_log(path: Path, name: str, step: int) -> None:
 
 def finite(done: list[Step]) -> Tensor:
     """Which of these steps changed something, (n,)."""
-    loss, norm = torch.stack([d.per_sample.mean() for d in done]), torch.stack([d.gradient_norm for d in done])
+    loss, norm = (
+        torch.stack([d.per_sample.mean() for d in done]),
+        torch.stack([d.gradient_norm for d in done]),
+    )
     return (loss.isfinite() & norm.isfinite()).cpu()
 
 
@@ -345,8 +439,18 @@ def summary(done: list[Step], good: Tensor, segments: int, step: int, name: str)
     n, skipped = int(good.sum()), int((~good).sum())
     done = [d for d, counts in zip(done, good.tolist()) if counts]
     if not n:
-        return {"model": name, "step": step, "loss": None, "gradient_norm": None, "loss_by_t": [None] * 10, "loss_by_segment": [None] * segments, "skipped": skipped}
-    loss, t = (torch.cat([getattr(d, key) for d in done]).cpu().double() for key in ("per_sample", "t"))
+        return {
+            "model": name,
+            "step": step,
+            "loss": None,
+            "gradient_norm": None,
+            "loss_by_t": [None] * 10,
+            "loss_by_segment": [None] * segments,
+            "skipped": skipped,
+        }
+    loss, t = (
+        torch.cat([getattr(d, key) for d in done]).cpu().double() for key in ("per_sample", "t")
+    )
     norm = torch.stack([d.gradient_norm for d in done]).cpu()
 
     def binned(bins: int) -> list[float | None]:
@@ -356,10 +460,15 @@ def summary(done: list[Step], good: Tensor, segments: int, step: int, name: str)
         return [round(m, 6) if c else None for m, c in zip(mean.tolist(), count.tolist())]
 
     return {
-        "model": name, "step": step, "loss": round(float(loss.mean()), 6), "gradient_norm": round(float(norm.mean()), 6),
-        "loss_by_t": binned(10), "loss_by_segment": binned(segments),
-        **{key: round(sum(float(d.figures[key]) for d in done) / n, 6) for key in done[0].figures}, "skipped": skipped,
-    }  # fmt: skip
+        "model": name,
+        "step": step,
+        "loss": round(float(loss.mean()), 6),
+        "gradient_norm": round(float(norm.mean()), 6),
+        "loss_by_t": binned(10),
+        "loss_by_segment": binned(segments),
+        **{key: round(sum(float(d.figures[key]) for d in done) / n, 6) for key in done[0].figures},
+        "skipped": skipped,
+    }
 
 
 MOST_SKIPPED = 20  # steps in a row, before a run stops
@@ -370,14 +479,25 @@ def earlier(path: Path) -> Path:
     return path.with_name(path.name.replace(".state.", ".state.previous."))
 
 
-def save_state(path: Path, tensors: dict[str, Tensor], settings: Training, step: int, elapsed: float) -> None:
-    write_safetensors(path, tensors, {"step": step, "elapsed": elapsed, **{key: getattr(settings, key) for key in MUST_MATCH}}, earlier(path))
+def save_state(
+    path: Path, tensors: dict[str, Tensor], settings: Training, step: int, elapsed: float
+) -> None:
+    write_safetensors(
+        path,
+        tensors,
+        {"step": step, "elapsed": elapsed, **{key: getattr(settings, key) for key in MUST_MATCH}},
+        earlier(path),
+    )
 
 
-def load_state(path: Path, learners: dict[str, Learner], settings: Training) -> tuple[int, float] | None:
+def load_state(
+    path: Path, learners: dict[str, Learner], settings: Training
+) -> tuple[int, float] | None:
     """Put everything back; -> the step to go on from, the seconds spent so far; None if nothing was saved. Where the newest file is
     damaged, the one before serves. Raises InputError if both are, or if the file belongs to a run with other settings."""
-    if not path.is_file() and not partial_of(path).is_file():  # a kill between the two renamings of a save would leave a partial one
+    if (
+        not path.is_file() and not partial_of(path).is_file()
+    ):  # a kill between the two renamings of a save would leave a partial one
         return None
     found, damage = None, None
     for candidate in (path, earlier(path)):
@@ -390,19 +510,38 @@ def load_state(path: Path, learners: dict[str, Learner], settings: Training) -> 
     if damage:
         if not found:
             raise damage
-        print(f"{damage}\nGoing on from the checkpoint before it, step {found[1]['step']}.", file=sys.stderr)
+        print(
+            f"{damage}\nGoing on from the checkpoint before it, step {found[1]['step']}.",
+            file=sys.stderr,
+        )
     if not found:
         return None
     tensors, metadata = found
     for key in MUST_MATCH:
         if metadata.get(key) != getattr(settings, key):
-            raise InputError(f"{path}: saved with {key} {metadata.get(key)}, but now it is {getattr(settings, key)}. Give the old value, or another --out.")
+            raise InputError(
+                f"{path}: saved with {key} {metadata.get(key)}, but now it is {getattr(settings, key)}. Give the old value, or another --out."
+            )
     for name, learner in learners.items():
         try:
-            learner.load({k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")})
+            learner.load(
+                {
+                    k.removeprefix(f"{name}/"): v
+                    for k, v in tensors.items()
+                    if k.startswith(f"{name}/")
+                }
+            )
         except (KeyError, RuntimeError, IndexError, ValueError):
-            raise InputError(f"{path}: the network in it has another shape than the one asked for. Give the old settings, or another --out.") from None
+            raise InputError(
+                f"{path}: the network in it has another shape than the one asked for. Give the old settings, or another --out."
+            ) from None
     step, elapsed = metadata.get("step"), metadata.get("elapsed")
-    if type(step) is not int or not 0 <= step <= settings.iterations or not isinstance(elapsed, (int, float)):
-        raise InputError(f"{path}: step {step} and seconds {elapsed} are not those of a run of {settings.iterations} steps. Delete it.")
+    if (
+        type(step) is not int
+        or not 0 <= step <= settings.iterations
+        or not isinstance(elapsed, (int, float))
+    ):
+        raise InputError(
+            f"{path}: step {step} and seconds {elapsed} are not those of a run of {settings.iterations} steps. Delete it."
+        )
     return step, elapsed

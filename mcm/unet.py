@@ -31,13 +31,17 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        frequencies = 1000 * torch.exp(-math.log(10_000) * torch.arange(channels // 2) / (channels // 2))
+        frequencies = 1000 * torch.exp(
+            -math.log(10_000) * torch.arange(channels // 2) / (channels // 2)
+        )
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.layers = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         angle = t.float()[:, None] * self.frequencies.float()
-        return self.layers(torch.cat([angle.sin(), angle.cos()], dim=1).to(self.layers[0].weight.dtype))
+        return self.layers(
+            torch.cat([angle.sin(), angle.cos()], dim=1).to(self.layers[0].weight.dtype)
+        )
 
 
 class ResidualBlock(nn.Module):
@@ -47,7 +51,10 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(GROUPS, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.modulation = nn.Linear(width, 2 * c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(GROUPS, c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.norm2, self.conv2 = (
+            nn.GroupNorm(GROUPS, c_out),
+            zero(nn.Conv2d(c_out, c_out, 3, padding=1)),
+        )
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -63,12 +70,16 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, head_channels: int = 32):
         super().__init__()
-        self.heads = next(n for n in range(max(1, channels // head_channels), 0, -1) if channels % n == 0)
+        self.heads = next(
+            n for n in range(max(1, channels // head_channels), 0, -1) if channels % n == 0
+        )
         self.norm, self.qkv = nn.GroupNorm(GROUPS, channels), nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = rearrange(self.qkv(self.norm(x)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads)
+        qkv = rearrange(
+            self.qkv(self.norm(x)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads
+        )
         y = F.scaled_dot_product_attention(*qkv)
         return x + self.out(rearrange(y, "b n (h w) c -> b (n c) h w", h=x.shape[2]))
 
@@ -108,15 +119,25 @@ class UNet(nn.Module):
         super().__init__()
         stride = 2 ** (len(multipliers) - 1)
         if image_size % stride:
-            raise InputError(f"image size {image_size} is not divisible by {stride}, which {len(multipliers)} resolution levels need")
+            raise InputError(
+                f"image size {image_size} is not divisible by {stride}, which {len(multipliers)} resolution levels need"
+            )
         if channels < 1 or channels % GROUPS:
             raise InputError(f"channels must be a positive multiple of {GROUPS}, not {channels}")
         if min(multipliers) < 1 or blocks < 1 or not 0 <= dropout < 1:
-            raise InputError(f"multipliers {list(multipliers)} and blocks {blocks} must be positive, and dropout {dropout} in [0, 1)")
+            raise InputError(
+                f"multipliers {list(multipliers)} and blocks {blocks} must be positive, and dropout {dropout} in [0, 1)"
+            )
         self.arguments = dict(
-            image_size=image_size, in_channels=in_channels, channels=channels, multipliers=list(multipliers),
-            blocks=blocks, attention=list(attention), classes=classes, dropout=dropout,
-        )  # fmt: skip
+            image_size=image_size,
+            in_channels=in_channels,
+            channels=channels,
+            multipliers=list(multipliers),
+            blocks=blocks,
+            attention=list(attention),
+            classes=classes,
+            dropout=dropout,
+        )
         self.classes, width = classes, 4 * channels
         self.time = TimeEmbedding(channels, width)
         self.label = nn.Embedding(classes + 1, width) if classes else None
@@ -135,13 +156,19 @@ class UNet(nn.Module):
                 self.up.append(Level(c + skips.pop(), w, width, dropout, size in attention))
                 c = w
         self.blocks = blocks
-        self.last = nn.Sequential(nn.GroupNorm(GROUPS, c), nn.SiLU(), zero(nn.Conv2d(c, in_channels, 3, padding=1)))
-        self.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in, on CPU and GPU
+        self.last = nn.Sequential(
+            nn.GroupNorm(GROUPS, c), nn.SiLU(), zero(nn.Conv2d(c, in_channels, 3, padding=1))
+        )
+        self.to(
+            memory_format=torch.channels_last
+        )  # the layout that convolutions are fastest in, on CPU and GPU
 
     def forward(self, z: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         emb = self.time(t)
         if self.label is not None:
-            emb = emb + self.label(torch.full_like(t, self.classes, dtype=torch.long) if cond is None else cond)
+            emb = emb + self.label(
+                torch.full_like(t, self.classes, dtype=torch.long) if cond is None else cond
+            )
         emb, h, skips = F.silu(emb), self.first(z), []
         for i, level in enumerate(self.down):
             if i and i % self.blocks == 0:

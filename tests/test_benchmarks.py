@@ -23,10 +23,17 @@ def test_an_ablation_changes_what_it_says_and_no_more():
     assert [p.stage.student_steps for p in progressive["8-4-2"].phases] == [8, 4, 2]
     assert [p.stage.student_steps for p in progressive["only-2"].phases] == [2]
     assert states["8-4-2-1"] == progressive["8-4-2-1"]
-    assert {p.stage.z_from for p in states["data-states"].phases} == {"data"} and states["data-states"].needs_images
+    assert {p.stage.z_from for p in states["data-states"].phases} == {"data"} and states[
+        "data-states"
+    ].needs_images
     assert [len(recipe.phases) for recipe in ablations.GROUPS["tlcm"][1].values()] == [1, 2, 3, 4]
     stages = {name: recipe.phases[0].stage for name, recipe in ablations.GROUPS["scott"][1].items()}
-    assert {name: stage.noise for name, stage in stages.items() if not stage.extra} == {"eta-0": 0.0, "eta-0.2": 0.2, "eta-0.6": 0.6, "er-sde-5": "er5"}
+    assert {name: stage.noise for name, stage in stages.items() if not stage.extra} == {
+        "eta-0": 0.0,
+        "eta-0.2": 0.2,
+        "eta-0.6": 0.6,
+        "er-sde-5": "er5",
+    }
     assert all(bool(stage.extra) == name.endswith("-adversary") for name, stage in stages.items())
 
 
@@ -38,14 +45,18 @@ def test_means_and_spreads_over_seeds(tmp_path, capsys):
             plain | {"model": "undistilled", "steps": 4, "nfe": 4, "frechet": 4 * scale},
             plain | {"model": "undistilled, guided", "steps": 2, "nfe": 4, "frechet": 2 * scale},
             plain | {"model": "undistilled", "steps": 2, "nfe": 2, "frechet": 9.0},
-            plain | {"model": "undistilled", "sampler": "ddim", "steps": 4, "nfe": 4, "frechet": 0.5},
+            plain
+            | {"model": "undistilled", "sampler": "ddim", "steps": 4, "nfe": 4, "frechet": 0.5},
             plain | {"model": "student", "recipe": "mlcm", "steps": 4, "nfe": 4, "frechet": 1.0},
         ]
         (tmp_path / str(seed)).mkdir()
         (tmp_path / str(seed) / "results.json").write_text(json.dumps({"rows": rows}))
     assert over_seeds.main([str(tmp_path / "0"), str(tmp_path / "1")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "| mlcm | renoise | 4 | 4 | 1.000 ± 0.000 | 0.33 ± 0.24 | 0.500 ± 0.000 | 0.500 ± 0.000 |  |"
+    assert (
+        lines[-1]
+        == "| mlcm | renoise | 4 | 4 | 1.000 ± 0.000 | 0.33 ± 0.24 | 0.500 ± 0.000 | 0.500 ± 0.000 |  |"
+    )
     assert lines[2].startswith("| undistilled | renoise | 4 | 4 | 8.000 ± 5.657 |  |")
 
 
@@ -72,13 +83,31 @@ def test_every_question_is_asked_from_one_teacher(tmp_path, monkeypatch):
     out = tmp_path / "q"
     assert questions.study(["--data", "digits", "--seed", "3", "--out", str(out)]) == out
     assert len(commands) == len(questions.VARIANTS)
-    parsed = {Path(argv[argv.index("--out", 6) + 1]).name: run_cifar.parse(argv) for argv in commands}
+    parsed = {
+        Path(argv[argv.index("--out", 6) + 1]).name: run_cifar.parse(argv) for argv in commands
+    }
     base = parsed.pop("base")
     assert base.teacher is None and base.steps == [1, 2, 4, 8] and base.x_var == "none"
     for name, args in parsed.items():
-        assert args.seed == 3 and args.teacher == out / "base" / "teacher.safetensors" and (out / name / "rows.json").exists()
-        differing = {k for k in ("method", "x_var", "distance", "grid", "init") if getattr(args, k) != getattr(base, k)}
-        expected = {"ct": "method", "addim": "x_var", "huber": "distance", "squared": "distance", "few-points": "grid", "many-points": "grid", "random": "init"}
+        assert (
+            args.seed == 3
+            and args.teacher == out / "base" / "teacher.safetensors"
+            and (out / name / "rows.json").exists()
+        )
+        differing = {
+            k
+            for k in ("method", "x_var", "distance", "grid", "init")
+            if getattr(args, k) != getattr(base, k)
+        }
+        expected = {
+            "ct": "method",
+            "addim": "x_var",
+            "huber": "distance",
+            "squared": "distance",
+            "few-points": "grid",
+            "many-points": "grid",
+            "random": "init",
+        }
         assert differing == {expected[name]}
         run_cifar.check(args)
     assert [parsed[n].grid for n in ("few-points", "many-points")] == [[4, 4], [16, 16]]
@@ -89,32 +118,97 @@ def test_every_question_is_asked_from_one_teacher(tmp_path, monkeypatch):
 def test_answers_are_means_over_seeds(tmp_path):
     for seed, scale in enumerate((1.0, 2.0)):
         for name in questions.VARIANTS:
-            rows = [{"model": "teacher", "sampler": s, "steps": k, "frechet": 2.0 + (s == "addim")} for s in ("ddim", "addim") for k in (1, 2, 4, 8, 64)]
-            rows += [{"model": "student", "recipe": "mcm-ct" if name == "ct" else "mcm-cd", "sampler": "ddim", "steps": k, "frechet": scale * (k + len(name))} for k in (1, 2, 4, 8)]
+            rows = [
+                {"model": "teacher", "sampler": s, "steps": k, "frechet": 2.0 + (s == "addim")}
+                for s in ("ddim", "addim")
+                for k in (1, 2, 4, 8, 64)
+            ]
+            rows += [
+                {
+                    "model": "student",
+                    "recipe": "mcm-ct" if name == "ct" else "mcm-cd",
+                    "sampler": "ddim",
+                    "steps": k,
+                    "frechet": scale * (k + len(name)),
+                }
+                for k in (1, 2, 4, 8)
+            ]
             (tmp_path / str(seed) / name).mkdir(parents=True)
-            (tmp_path / str(seed) / name / "results.json").write_text(json.dumps({"data": "digits", "settings": {"image_size": 8}, "rows": rows}))
+            (tmp_path / str(seed) / name / "results.json").write_text(
+                json.dumps({"data": "digits", "settings": {"image_size": 8}, "rows": rows})
+            )
     text = questions.answers([tmp_path / "0", tmp_path / "1"])
-    assert "| digits 8x8, addim | 9.00 ± 4.24 (4.50) | 19.50 ± 9.19 (9.75) |" in text  # 13 and 26 in 8 steps, over 2
-    assert "| digits 8x8, ct | 4.50 ± 2.12 (2.25) | 15.00 ± 7.07 (7.50) |" in text and "| *the paper, CT* | 7.2 | 1.5 |" in text
+    assert (
+        "| digits 8x8, addim | 9.00 ± 4.24 (4.50) | 19.50 ± 9.19 (9.75) |" in text
+    )  # 13 and 26 in 8 steps, over 2
+    assert (
+        "| digits 8x8, ct | 4.50 ± 2.12 (2.25) | 15.00 ± 7.07 (7.50) |" in text
+        and "| *the paper, CT* | 7.2 | 1.5 |" in text
+    )
     assert "| digits 8x8, teacher, aDDIM |  | 3.00 ± 0.00 (1.50) |" in text
     assert all(question.title in text for question in questions.QUESTIONS)
     assert "±" not in questions.answers([tmp_path / "0"])
 
 
 def test_costs_are_measured_and_drawn(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(costs.GRIDS, "cpu", {"base": (8, 8, 2), "parameters": (8, 16), "resolution": (8,), "batch": (2,), "steps": (1, 2)})
+    monkeypatch.setitem(
+        costs.GRIDS,
+        "cpu",
+        {
+            "base": (8, 8, 2),
+            "parameters": (8, 16),
+            "resolution": (8,),
+            "batch": (2,),
+            "steps": (1, 2),
+        },
+    )
     assert costs.main(["--repeats", "1", "--device", "cpu", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "costs-cpu.json").read_text())
     small, large = result["parameters"]
-    assert large["parameters"] > small["parameters"] and all(r["images_per_second"] > 0 and r["flops"] > 0 for r in (small, large)) and result["peak"] > 1e9
-    assert [r["steps"] for r in result["steps"]] == [1, 2] and "over K forward passes" in capsys.readouterr().out
+    assert (
+        large["parameters"] > small["parameters"]
+        and all(r["images_per_second"] > 0 and r["flops"] > 0 for r in (small, large))
+        and result["peak"] > 1e9
+    )
+    assert [r["steps"] for r in result["steps"]] == [
+        1,
+        2,
+    ] and "over K forward passes" in capsys.readouterr().out
     assert (tmp_path / "costs-cpu.png").stat().st_size > 10_000
 
 
 def test_networks_of_equal_size_are_compared(tmp_path, monkeypatch, capsys):
     """With this project's own, as the others need not be installed; all must be near to the size asked for as well."""
-    monkeypatch.setattr(unet_speed, "NETWORKS", {k: v for k, v in unet_speed.NETWORKS.items() if k.startswith("mcm")})
-    assert unet_speed.main(["--parameters", "3e5", "--size", "8", "--batch", "2", "--repeats", "2", "--device", "cpu", "--out", str(tmp_path / "speed.json")]) == 0
+    monkeypatch.setattr(
+        unet_speed,
+        "NETWORKS",
+        {k: v for k, v in unet_speed.NETWORKS.items() if k.startswith("mcm")},
+    )
+    assert (
+        unet_speed.main(
+            [
+                "--parameters",
+                "3e5",
+                "--size",
+                "8",
+                "--batch",
+                "2",
+                "--repeats",
+                "2",
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path / "speed.json"),
+            ]
+        )
+        == 0
+    )
     result = json.loads((tmp_path / "speed.json").read_text())
-    assert all(abs(row["parameters"] - 3e5) < 0.8e5 and row["training"]["images_per_second"] > 0 for row in result["rows"].values())
-    assert result["rows"]["mcm"]["forward"]["over_mcm"] == 1 and "| mcm, 1 2 4 |" in capsys.readouterr().out
+    assert all(
+        abs(row["parameters"] - 3e5) < 0.8e5 and row["training"]["images_per_second"] > 0
+        for row in result["rows"].values()
+    )
+    assert (
+        result["rows"]["mcm"]["forward"]["over_mcm"] == 1
+        and "| mcm, 1 2 4 |" in capsys.readouterr().out
+    )

@@ -15,8 +15,14 @@ from mcm.data import captioned_folder, collected, load_data, to_float
 
 def test_digits():
     data = load_data("digits", "")
-    assert data.images.shape == (1500, 1, 8, 8) and data.images.dtype == torch.uint8 and data.held_images.shape[0] == 297
-    assert data.labels.bincount().min() > 130 and data.images.max() == 255 and data.images.min() == 0
+    assert (
+        data.images.shape == (1500, 1, 8, 8)
+        and data.images.dtype == torch.uint8
+        and data.held_images.shape[0] == 297
+    )
+    assert (
+        data.labels.bincount().min() > 130 and data.images.max() == 255 and data.images.min() == 0
+    )
     assert torch.equal(load_data("digits", "").images, data.images)  # the split does not move
     both = torch.cat([data.images, data.held_images]).flatten(1).unique(dim=0)
     assert len(both) > 1780  # held-out images are others than the training images
@@ -32,10 +38,17 @@ def test_to_float_reaches_both_ends():
 @pytest.fixture(scope="module")
 def cifar_batch():
     rng = np.random.default_rng(0)
-    return rng.integers(0, 256, (10_000, 3072), dtype=np.uint8), rng.integers(0, 10, 10_000).astype(np.uint8)
+    return rng.integers(0, 256, (10_000, 3072), dtype=np.uint8), rng.integers(0, 10, 10_000).astype(
+        np.uint8
+    )
 
 
-def write_binary(folder, images, labels, names=("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5")):
+def write_binary(
+    folder,
+    images,
+    labels,
+    names=("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"),
+):
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / f"{name}.bin").write_bytes(np.concatenate([labels[:, None], images], 1).tobytes())
@@ -45,7 +58,16 @@ def write_python(folder, images, labels):
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(1, 6):
         with open(folder / f"data_batch_{i}", "wb") as file:  # protocol 2, as in the official files
-            pickle.dump({"data": images, "labels": labels.tolist(), "batch_label": "x", "filenames": ["a.png"]}, file, protocol=2)
+            pickle.dump(
+                {
+                    "data": images,
+                    "labels": labels.tolist(),
+                    "batch_label": "x",
+                    "filenames": ["a.png"],
+                },
+                file,
+                protocol=2,
+            )
 
 
 def test_both_versions_of_cifar10_read_the_same(tmp_path, cifar_batch):
@@ -59,7 +81,10 @@ def test_both_versions_of_cifar10_read_the_same(tmp_path, cifar_batch):
     write_binary(tmp_path / "b" / "cifar-10-batches-bin", images, labels, ["test_batch"])
     whole = load_data("cifar10", tmp_path / "b" / "cifar-10-batches-bin")
     assert len(whole.images) == 50_000 and len(whole.held_images) == 10_000
-    assert torch.equal(whole.images[0].flatten(), torch.from_numpy(images[0])) and whole.labels[0] == labels[0]
+    assert (
+        torch.equal(whole.images[0].flatten(), torch.from_numpy(images[0]))
+        and whole.labels[0] == labels[0]
+    )
 
 
 def test_cifar10_that_is_damaged(tmp_path, cifar_batch, monkeypatch):
@@ -67,7 +92,9 @@ def test_cifar10_that_is_damaged(tmp_path, cifar_batch, monkeypatch):
     write_binary(tmp_path, images, labels)
     third = tmp_path / "data_batch_3.bin"
     third.write_bytes(third.read_bytes()[:-100])
-    with pytest.raises(mcm.InputError, match=r"data_batch_3.bin has 30,729,900 bytes instead of 30,730,000"):
+    with pytest.raises(
+        mcm.InputError, match=r"data_batch_3.bin has 30,729,900 bytes instead of 30,730,000"
+    ):
         load_data("cifar10", tmp_path)
     third.unlink()
     with pytest.raises(mcm.InputError, match="data_batch_3.bin is missing"):
@@ -108,13 +135,20 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, cifar_batch):
 def test_averaging_down(tmp_path):
     data = load_data("digits")
     small = load_data("digits", image_size=4)
-    assert small.images.shape == (1500, 1, 4, 4) and small.images.dtype == torch.uint8 and small.held_images.shape == (297, 1, 4, 4)
+    assert (
+        small.images.shape == (1500, 1, 4, 4)
+        and small.images.dtype == torch.uint8
+        and small.held_images.shape == (297, 1, 4, 4)
+    )
     assert torch.equal(small.labels, data.labels)
     squares = data.images.float().reshape(1500, 1, 4, 2, 4, 2).mean((3, 5))
     assert (small.images - squares).abs().max() <= 0.5
     assert small.fingerprint() != data.fingerprint()
     for size in (16, 3, 0, -2):
-        with pytest.raises(mcm.InputError, match=f"8 pixels, which cannot be averaged down to {size}: choose 8, 4 or 2"):
+        with pytest.raises(
+            mcm.InputError,
+            match=f"8 pixels, which cannot be averaged down to {size}: choose 8, 4 or 2",
+        ):
             load_data("digits", image_size=size)
 
 
@@ -122,7 +156,14 @@ def test_averaging_down(tmp_path):
 
 
 def npz(path, n, **changes):
-    arrays = dict(data=np.full((n, 12288), n, np.uint8), labels=np.arange(n) % 1000 + 1, mean=np.zeros(12288)) | changes
+    arrays = (
+        dict(
+            data=np.full((n, 12288), n, np.uint8),
+            labels=np.arange(n) % 1000 + 1,
+            mean=np.zeros(12288),
+        )
+        | changes
+    )
     np.savez(path, **arrays)
 
 
@@ -131,8 +172,17 @@ def test_imagenet64(tmp_path):
         npz(tmp_path / f"train_data_batch_{i}.npz", 10 * i)
     npz(tmp_path / "val_data.npz", 7)
     data = load_data("imagenet64", tmp_path)
-    assert data.images.shape == (130, 3, 64, 64) and data.images[0, 0, 0, 0] == 10 and data.images[-1, 0, 0, 0] == 100
-    assert data.labels.min() == 0 and data.labels[10] == 0 and data.classes == 1000 and len(data.held_images) == 7
+    assert (
+        data.images.shape == (130, 3, 64, 64)
+        and data.images[0, 0, 0, 0] == 10
+        and data.images[-1, 0, 0, 0] == 100
+    )
+    assert (
+        data.labels.min() == 0
+        and data.labels[10] == 0
+        and data.classes == 1000
+        and len(data.held_images) == 7
+    )
     (tmp_path / "val_data.npz").unlink()
     data = load_data("imagenet64", tmp_path)
     assert len(data.images) == 117 and len(data.held_images) == 13
@@ -163,17 +213,25 @@ def test_imagenet64_that_is_damaged(tmp_path):
         load_data("imagenet64", tmp_path)
     assert zipfile.is_zipfile(path)
     rng = np.random.default_rng(0)
-    np.savez_compressed(path, data=rng.integers(0, 256, (20, 12288)).astype(np.uint8), labels=np.ones(20, np.int64))
+    np.savez_compressed(
+        path, data=rng.integers(0, 256, (20, 12288)).astype(np.uint8), labels=np.ones(20, np.int64)
+    )
     content = bytearray(path.read_bytes())
     content[60:90] = bytes(30)  # the beginning of the compressed stream
     path.write_bytes(content)
-    with pytest.raises(mcm.InputError, match="is not a downsampled-ImageNet batch|truncated or damaged"):
+    with pytest.raises(
+        mcm.InputError, match="is not a downsampled-ImageNet batch|truncated or damaged"
+    ):
         load_data("imagenet64", tmp_path)
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 12288)})
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 12288)}
+    )
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("data.npy", header.getvalue())
-    with pytest.raises(mcm.InputError, match="promises 12,288,000,000,000 bytes of data and 128 are there"):
+    with pytest.raises(
+        mcm.InputError, match="promises 12,288,000,000,000 bytes of data and 128 are there"
+    ):
         load_data("imagenet64", tmp_path)
 
 
@@ -191,8 +249,13 @@ def test_folder_with_classes(tmp_path):
         picture(tmp_path / "dogs" / "deep" / f"{i}.jpg", (16, 64), (0, 0, 255))
     data = load_data("folder", tmp_path, 16)
     assert data.images.shape == (22, 3, 16, 16) and len(data.held_images) == 2 and data.classes == 2
-    everything, labels = torch.cat([data.images, data.held_images]), torch.cat([data.labels, data.held_labels])
-    assert (everything[labels == 0][:, 0] == 255).all() and (everything[labels == 1][:, 2] > 250).all()  # jpeg is off by one or two
+    everything, labels = (
+        torch.cat([data.images, data.held_images]),
+        torch.cat([data.labels, data.held_labels]),
+    )
+    assert (everything[labels == 0][:, 0] == 255).all() and (
+        everything[labels == 1][:, 2] > 250
+    ).all()  # jpeg is off by one or two
 
 
 def test_folder_modes_and_corrupt_images(tmp_path, capsys):
@@ -235,9 +298,16 @@ def test_fingerprint_tells_data_apart():
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
 def test_collected_on_disk_is_as_in_memory_and_leaves_nothing(tmp_path, dtype):
-    parts = [torch.arange(24).reshape(4, 3, 2).to(dtype), torch.arange(6).reshape(1, 3, 2).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)]
+    parts = [
+        torch.arange(24).reshape(4, 3, 2).to(dtype),
+        torch.arange(6).reshape(1, 3, 2).to(dtype).transpose(1, 2).contiguous().transpose(1, 2),
+    ]
     kept = collected(iter(parts), tmp_path / "new")
-    assert kept.dtype == dtype and torch.equal(kept, collected(iter(parts))) and torch.equal(kept[torch.tensor([4, 0])], torch.cat(parts)[[4, 0]])
+    assert (
+        kept.dtype == dtype
+        and torch.equal(kept, collected(iter(parts)))
+        and torch.equal(kept[torch.tensor([4, 0])], torch.cat(parts)[[4, 0]])
+    )
     assert not list((tmp_path / "new").iterdir())
 
 
@@ -257,5 +327,8 @@ def test_captioned_pictures_keep_their_captions(tmp_path, capsys):
         captions, pictures = captioned_folder(tmp_path, 4, folder)
         assert pictures.shape == (19, 3, 4, 4) and pictures.dtype == torch.uint8
         assert [f"picture {value // 10}" for value in pictures[:, 0, 0, 0].tolist()] == captions
-        assert captions != sorted(captions, key=lambda c: int(c.split()[1])) and len(set(captions)) == 19
+        assert (
+            captions != sorted(captions, key=lambda c: int(c.split()[1]))
+            and len(set(captions)) == 19
+        )
     assert "1 of 20 pictures could not be read" in capsys.readouterr().out

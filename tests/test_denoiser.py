@@ -51,15 +51,23 @@ def test_dtypes(network):
     assert wide.dtype == torch.float64
     torch.testing.assert_close(wide.float(), reference, rtol=1e-4, atol=1e-4)
     half = mcm.Denoiser(network.bfloat16(), COSINE)(z.bfloat16(), t, y)
-    assert half.dtype == mcm.Denoiser(network, COSINE)(z.bfloat16(), torch.zeros(2), y).dtype == torch.float32
-    torch.testing.assert_close(half, reference, rtol=0.1, atol=0.1)  # bfloat16 keeps 8 bits; 20 layers
+    assert (
+        half.dtype
+        == mcm.Denoiser(network, COSINE)(z.bfloat16(), torch.zeros(2), y).dtype
+        == torch.float32
+    )
+    torch.testing.assert_close(
+        half, reference, rtol=0.1, atol=0.1
+    )  # bfloat16 keeps 8 bits; 20 layers
 
 
 def test_a_discrete_network_gets_the_index():
     seen = []
     schedule = mcm.DiscreteSchedule(torch.linspace(0.999, 0.01, 1000, dtype=torch.float64))
     network = lambda z, t, cond: seen.append(t) or torch.zeros_like(z)  # noqa: E731
-    mcm.Denoiser(network, schedule, "epsilon")(torch.randn(3, 1), torch.tensor([0.001, 0.2504, 1.0]))
+    mcm.Denoiser(network, schedule, "epsilon")(
+        torch.randn(3, 1), torch.tensor([0.001, 0.2504, 1.0])
+    )
     assert seen[0].tolist() == [0, 249, 999]
 
 
@@ -70,7 +78,9 @@ def test_guidance_convention(network):
     ulp = dict(rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mcm.guided(denoiser, 1.0, null)(z, t, y), x_cond, **ulp)
     torch.testing.assert_close(mcm.guided(denoiser, 0.0, null)(z, t, y), x_null, **ulp)
-    torch.testing.assert_close(mcm.guided(denoiser, 8.0, null)(z, t, y), x_cond + 7 * (x_cond - x_null), **ulp)  # omega = w - 1
+    torch.testing.assert_close(
+        mcm.guided(denoiser, 8.0, null)(z, t, y), x_cond + 7 * (x_cond - x_null), **ulp
+    )  # omega = w - 1
     per_sample = mcm.guided(denoiser, torch.tensor([1.0, 8.0, 0.0, 8.0]), null)(z, t, y)
     torch.testing.assert_close(per_sample[0], x_cond[0], **ulp)
     torch.testing.assert_close(per_sample[2], x_null[2], **ulp)
@@ -79,7 +89,11 @@ def test_guidance_convention(network):
 @pytest.mark.parametrize("shape", [(1,), (2,), (2, 3, 3)])
 def test_mixture_is_the_posterior_mean(shape):
     """Against self-normalised sums over 400,000 draws of x, weighted by p(z_t | x)."""
-    means, stds, weights = torch.randn(3, *shape).double(), torch.tensor([0.5, 1.0, 0.7]).double(), torch.tensor([0.2, 0.5, 0.3]).double()
+    means, stds, weights = (
+        torch.randn(3, *shape).double(),
+        torch.tensor([0.5, 1.0, 0.7]).double(),
+        torch.tensor([0.2, 0.5, 0.3]).double(),
+    )
     mixture = mcm.GaussianMixture(means, stds, weights)
     x = mixture.sample(400_000)
     for t in (0.55, 0.8, 0.95, 1.0):
@@ -89,17 +103,25 @@ def test_mixture_is_the_posterior_mean(shape):
         log_p = -(z - alpha * x).flatten(1).square().sum(1) / (2 * sigma**2)
         p = log_p.softmax(0)
         expected = (p[:, None] * x.flatten(1)).sum(0)
-        error = (p[:, None] ** 2 * (x.flatten(1) - expected) ** 2).sum(0).sqrt()  # the standard error of that mean
+        error = (
+            (p[:, None] ** 2 * (x.flatten(1) - expected) ** 2).sum(0).sqrt()
+        )  # the standard error of that mean
         assert ((mixture(z, t).flatten() - expected).abs() < 5 * error).all()
 
 
 def test_mixture_edges_and_conditions():
-    mixture = mcm.GaussianMixture(torch.tensor([[-1.0], [1.0]]), torch.tensor([0.2, 0.3]), torch.tensor([0.25, 0.75]))
+    mixture = mcm.GaussianMixture(
+        torch.tensor([[-1.0], [1.0]]), torch.tensor([0.2, 0.3]), torch.tensor([0.25, 0.75])
+    )
     z = torch.randn(3, 1)
     assert torch.equal(mixture(z, torch.zeros(3)), z)
     torch.testing.assert_close(mixture(z, torch.ones(3)), torch.full((3, 1), 0.5))  # the prior mean
-    of_double = mcm.GaussianMixture(mixture.means.double(), mixture.stds.double(), mixture.weights.double())  # answers in z's precision
-    torch.testing.assert_close(of_double(z, torch.full((3,), 0.5)), mixture(z, torch.full((3,), 0.5)))
+    of_double = mcm.GaussianMixture(
+        mixture.means.double(), mixture.stds.double(), mixture.weights.double()
+    )  # answers in z's precision
+    torch.testing.assert_close(
+        of_double(z, torch.full((3,), 0.5)), mixture(z, torch.full((3,), 0.5))
+    )
     component = mixture(z, torch.ones(3), torch.tensor([0, 1, 2]))
     torch.testing.assert_close(component[:, 0], torch.tensor([-1.0, 1.0, 0.5]))
     with pytest.raises(mcm.InputError):
@@ -109,21 +131,29 @@ def test_mixture_edges_and_conditions():
 # --- checkpoints -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", [COSINE, mcm.CosineSchedule.interpolated(64, 32, 64, clip=15.0)])
+@pytest.mark.parametrize(
+    "schedule", [COSINE, mcm.CosineSchedule.interpolated(64, 32, 64, clip=15.0)]
+)
 def test_save_and_load(network, tmp_path, schedule):
     denoiser = mcm.Denoiser(network, schedule, "x", student_steps=4)
     mcm.save(tmp_path / "a.safetensors", denoiser, note={"data": "digits"})
     back = mcm.load(tmp_path / "a.safetensors")
     z, t, y = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 1.0]), torch.tensor([0, 2])
     assert torch.equal(back(z, t, y), denoiser(z, t, y))
-    assert back.student_steps == 4 and back.schedule == schedule and back.metadata["note"] == {"data": "digits"}
+    assert (
+        back.student_steps == 4
+        and back.schedule == schedule
+        and back.metadata["note"] == {"data": "digits"}
+    )
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_save_and_load_a_discrete_schedule(network, tmp_path):
     schedule = mcm.DiscreteSchedule(torch.linspace(0.999, 0.01, 10))
     mcm.save(tmp_path / "a.safetensors", mcm.Denoiser(network, schedule, "epsilon"))
-    assert torch.equal(mcm.load(tmp_path / "a.safetensors").schedule.alphas_cumprod, schedule.alphas_cumprod)
+    assert torch.equal(
+        mcm.load(tmp_path / "a.safetensors").schedule.alphas_cumprod, schedule.alphas_cumprod
+    )
 
 
 def test_bad_checkpoints_are_explained(network, tmp_path):
@@ -152,10 +182,22 @@ def test_bad_checkpoints_are_explained(network, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"channels": 32}, {"channels": 2**20}, {"blocks": 10**9}, {"multipliers": [1] * 10**6}, {"multipliers": []}, {"classes": 10**12}, {"image_size": 2**30},
-        {"channels": "64"}, {"blocks": None}, {"in_channels": -1}, {"student_steps": 10**15}, {"prediction": "eval"}, {"schedule": {"kind": "os.system"}}, {"schedule": {"kind": "cosine", "clip": "x"}},
+        {"channels": 32},
+        {"channels": 2**20},
+        {"blocks": 10**9},
+        {"multipliers": [1] * 10**6},
+        {"multipliers": []},
+        {"classes": 10**12},
+        {"image_size": 2**30},
+        {"channels": "64"},
+        {"blocks": None},
+        {"in_channels": -1},
+        {"student_steps": 10**15},
+        {"prediction": "eval"},
+        {"schedule": {"kind": "os.system"}},
+        {"schedule": {"kind": "cosine", "clip": "x"}},
     ],
-)  # fmt: skip
+)
 def test_a_tampered_header_is_refused_before_memory_is_taken(network, tmp_path, change):
     path = tmp_path / "a.safetensors"
     mcm.save(path, mcm.Denoiser(network, COSINE))
@@ -171,7 +213,10 @@ def test_a_tampered_header_is_refused_before_memory_is_taken(network, tmp_path, 
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     with pytest.raises(mcm.InputError, match="do not fit|prediction must be"):
         mcm.load(path)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000 and time.perf_counter() - began < 5  # kB, s
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+        and time.perf_counter() - began < 5
+    )  # kB, s
 
 
 def test_a_torch_pickle_is_never_unpickled(tmp_path):

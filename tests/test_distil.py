@@ -26,9 +26,23 @@ def teacher(tmp_path_factory):
     pipe = untrained_pipeline(folder, captions, channels=(16, 32))
     small = F.avg_pool2d(to_float(pictures), 4)
     latents = torch.cat([small, small.mean(1, keepdim=True)], 1) * 1.5
-    encoders, tokenizers = [pipe.text_encoder, pipe.text_encoder_2], [pipe.tokenizer, pipe.tokenizer_2]
+    encoders, tokenizers = (
+        [pipe.text_encoder, pipe.text_encoder_2],
+        [pipe.tokenizer, pipe.tokenizer_2],
+    )
     settings = Training(300, 32, lr=3e-3, warmup=20, save_every=10**6)
-    train_unet(pipe.unet, encoders, tokenizers, pipe.scheduler, captions, latents, 32, settings, folder, False)
+    train_unet(
+        pipe.unet,
+        encoders,
+        tokenizers,
+        pipe.scheduler,
+        captions,
+        latents,
+        32,
+        settings,
+        folder,
+        False,
+    )
     return pipe, captions, latents
 
 
@@ -41,25 +55,57 @@ def sdxl_of(teacher):
 
 def reward(images, prompts):
     """Prefers bright pictures where the caption says white, and dark ones elsewhere."""
-    return 10 * torch.tanh(images).mean((1, 2, 3)) * torch.tensor([1.0 if "white" in p else -1.0 for p in prompts])
+    return (
+        10
+        * torch.tanh(images).mean((1, 2, 3))
+        * torch.tensor([1.0 if "white" in p else -1.0 for p in prompts])
+    )
 
 
 def run(sdxl, data, recipe, out, iterations=60, **changes):
-    settings = Training(iterations, 16, lr=1e-3, warmup=5, ema=0.9, save_every=changes.pop("save_every", 10**6), log_every=5)
-    return distil(sdxl, RECIPES[recipe](1), data, settings, changes.pop("guidance", W), out, recipe, reward=(reward, 1.0), **changes)
+    settings = Training(
+        iterations,
+        16,
+        lr=1e-3,
+        warmup=5,
+        ema=0.9,
+        save_every=changes.pop("save_every", 10**6),
+        log_every=5,
+    )
+    return distil(
+        sdxl,
+        RECIPES[recipe](1),
+        data,
+        settings,
+        changes.pop("guidance", W),
+        out,
+        recipe,
+        reward=(reward, 1.0),
+        **changes,
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_student_ends_closer_to_the_teachers_many_step_pictures_than_the_undistilled_teacher(teacher, recipe, tmp_path):
+def test_a_student_ends_closer_to_the_teachers_many_step_pictures_than_the_undistilled_teacher(
+    teacher, recipe, tmp_path
+):
     """In one step, from fixed noise. (This teacher is a crude one, whose second step already brings it close to its many-step pictures.)"""
     sdxl, data = sdxl_of(teacher)
-    z, cond = torch.randn(48, 4, 8, 8, generator=torch.Generator().manual_seed(9)), rows(data.cond, slice(0, 48))
+    z, cond = (
+        torch.randn(48, 4, 8, 8, generator=torch.Generator().manual_seed(9)),
+        rows(data.cond, slice(0, 48)),
+    )
     run(sdxl, data, recipe, tmp_path, iterations=100)
     with torch.no_grad():
         many = mcm.sample(mcm.guided(sdxl.denoiser(), W, unconditional), z, 25, cond)
-        apart = {name: (mcm.sample(model, z, 1, cond) - many).square().mean().sqrt().item() for name, model in (
-            ("student", sdxl.denoiser("average")), ("undistilled", sdxl.denoiser()), ("undistilled, guided", mcm.guided(sdxl.denoiser(), W, unconditional)),
-        )}  # fmt: skip
+        apart = {
+            name: (mcm.sample(model, z, 1, cond) - many).square().mean().sqrt().item()
+            for name, model in (
+                ("student", sdxl.denoiser("average")),
+                ("undistilled", sdxl.denoiser()),
+                ("undistilled, guided", mcm.guided(sdxl.denoiser(), W, unconditional)),
+            )
+        }
     assert apart["student"] < 0.99 * min(apart["undistilled"], apart["undistilled, guided"]), apart
 
 
@@ -67,8 +113,13 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("recipe, phase, step", [("mlcm", 3, 4), ("tlcm", 1, 2), ("tlcm", 2, 1), ("tlcm", 3, 2), ("scott", 0, 2)])
-def test_resuming_in_the_middle_of_any_phase_changes_nothing(teacher, recipe, phase, step, tmp_path):
+@pytest.mark.parametrize(
+    "recipe, phase, step",
+    [("mlcm", 3, 4), ("tlcm", 1, 2), ("tlcm", 2, 1), ("tlcm", 3, 2), ("scott", 0, 2)],
+)
+def test_resuming_in_the_middle_of_any_phase_changes_nothing(
+    teacher, recipe, phase, step, tmp_path
+):
     """Bit for bit: student, target, critics and their optimisers; also at the end of a phase (TLCM's phases have 31, 5, 1 and 3 steps)."""
     iterations = {"mlcm": 15, "tlcm": 40, "scott": 4}[recipe]
 
@@ -94,23 +145,40 @@ def test_full_fine_tuning_with_a_range_of_guidance(teacher, tmp_path):
     sdxl, data = sdxl_of(teacher)
     before = {k: v.clone() for k, v in sdxl.unet.state_dict().items()}
     run(sdxl, data, "lcm", tmp_path, iterations=8, full=True, guidance=(1.0, 4.0))
-    assert all(torch.equal(v, before[k]) for k, v in sdxl.unet.state_dict().items())  # the teacher is as it was
+    assert all(
+        torch.equal(v, before[k]) for k, v in sdxl.unet.state_dict().items()
+    )  # the teacher is as it was
     cond = rows(data.cond, slice(0, 2))
     z, t = torch.randn(2, 4, 8, 8), torch.full((2,), 0.7, dtype=torch.float64)
-    low, high = (sdxl.denoiser("average")(z, t, cond._replace(omega=torch.full((2,), w))) for w in (0.0, 3.0))
+    low, high = (
+        sdxl.denoiser("average")(z, t, cond._replace(omega=torch.full((2,), w))) for w in (0.0, 3.0)
+    )
     assert not torch.equal(low, high)
     sdxl.save(tmp_path, "average")
     sdxl.load("again", tmp_path, full=True)
-    assert torch.equal(sdxl.denoiser("again")(z, t, cond._replace(omega=torch.full((2,), 3.0))), high)
+    assert torch.equal(
+        sdxl.denoiser("again")(z, t, cond._replace(omega=torch.full((2,), 3.0))), high
+    )
 
 
 @pytest.mark.parametrize("share_run", [False, True])
-def test_the_teacher_is_guided_as_the_student_is_told_wherever_z_t_comes_from(teacher, share_run, tmp_path):
+def test_the_teacher_is_guided_as_the_student_is_told_wherever_z_t_comes_from(
+    teacher, share_run, tmp_path
+):
     sdxl, data = sdxl_of(teacher)
     recipe = RECIPES["mlcm"](4)
     stage = dataclasses.replace(recipe.phases[0].stage, share_run=share_run)
     one = dataclasses.replace(recipe, phases=(dataclasses.replace(recipe.phases[0], stage=stage),))
-    distil(sdxl, one, data, Training(2, 16, lr=1e-3, save_every=10**6), (1.0, 4.0), tmp_path, "x", full=True)
+    distil(
+        sdxl,
+        one,
+        data,
+        Training(2, 16, lr=1e-3, save_every=10**6),
+        (1.0, 4.0),
+        tmp_path,
+        "x",
+        full=True,
+    )
 
 
 def test_data_free_recipes_never_touch_a_picture(teacher, tmp_path):
@@ -144,10 +212,23 @@ def test_the_number_of_network_evaluations_is_as_counted(teacher, recipe, tmp_pa
     sdxl.unet.register_forward_pre_hook(lambda m, args: counted.append(len(args[0])))
     for share in (False, True):
         for phase in RECIPES[recipe](4).phases:
-            stage = dataclasses.replace(phase.stage, share_run=share and phase.stage.z_from == "teacher")
-            one = dataclasses.replace(RECIPES[recipe](4), phases=(dataclasses.replace(phase, stage=stage),))
+            stage = dataclasses.replace(
+                phase.stage, share_run=share and phase.stage.z_from == "teacher"
+            )
+            one = dataclasses.replace(
+                RECIPES[recipe](4), phases=(dataclasses.replace(phase, stage=stage),)
+            )
             counted.clear()
-            distil(sdxl, one, data, Training(3, 16, lr=1e-4, save_every=10**6), W, tmp_path, "x", reward=(reward, 1.0))
+            distil(
+                sdxl,
+                one,
+                data,
+                Training(3, 16, lr=1e-4, save_every=10**6),
+                W,
+                tmp_path,
+                "x",
+                reward=(reward, 1.0),
+            )
             for which in [w for w in sdxl.unets if w]:
                 sdxl.remove(which)
             # a denoiser is not asked at t = 0, and a run of the teacher is shorter or longer by where t falls: both by one sample in eight or so

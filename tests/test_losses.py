@@ -13,9 +13,19 @@ from mcm.recipes import RECIPES, Stage, cm, diffusion
 from mcm.recipes import mcm as recipe
 
 COSINE = mcm.CosineSchedule()
-DISCRETE = mcm.DiscreteSchedule(torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1024, dtype=torch.float64) ** 2, 0))
-SCHEDULES = [COSINE, mcm.CosineSchedule(clip=15.0), mcm.CosineSchedule.interpolated(64, 32, 64), DISCRETE]
-MIXTURE = mcm.GaussianMixture(torch.tensor([[-1.0], [1.0]], dtype=torch.float64), torch.tensor([0.2, 0.2], dtype=torch.float64))
+DISCRETE = mcm.DiscreteSchedule(
+    torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1024, dtype=torch.float64) ** 2, 0)
+)
+SCHEDULES = [
+    COSINE,
+    mcm.CosineSchedule(clip=15.0),
+    mcm.CosineSchedule.interpolated(64, 32, 64),
+    DISCRETE,
+]
+MIXTURE = mcm.GaussianMixture(
+    torch.tensor([[-1.0], [1.0]], dtype=torch.float64),
+    torch.tensor([0.2, 0.2], dtype=torch.float64),
+)
 
 
 def copy_with(network, schedule=COSINE, dtype=torch.float64):
@@ -23,11 +33,21 @@ def copy_with(network, schedule=COSINE, dtype=torch.float64):
 
 
 def batch(n=16, dtype=torch.float64):
-    return torch.rand(n, 1, 8, 8, dtype=dtype) * 2 - 1, torch.randint(4, (n,)), torch.randn(n, 1, 8, 8, dtype=dtype)
+    return (
+        torch.rand(n, 1, 8, 8, dtype=dtype) * 2 - 1,
+        torch.randint(4, (n,)),
+        torch.randn(n, 1, 8, 8, dtype=dtype),
+    )
 
 
 def gradient(loss, module):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()), allow_unused=True) if g is not None])
+    return torch.cat(
+        [
+            g.flatten()
+            for g in torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
+            if g is not None
+        ]
+    )
 
 
 def linear_times(n, grid):
@@ -61,16 +81,23 @@ def test_infinity_step_limit_is_the_diffusion_loss(network, schedule, T, dtype):
 def test_without_a_teacher_the_step_uses_the_true_noise(network, x_var):
     """Consistency training has nothing to adjust, whatever x_var says."""
     denoiser, (x, y, noise) = copy_with(network), batch()
-    out = mcm.consistency_loss(denoiser, x, y, Stage(8, (8, 8), x_var=x_var), t=linear_times(16, 8), noise=noise)
+    out = mcm.consistency_loss(
+        denoiser, x, y, Stage(8, (8, 8), x_var=x_var), t=linear_times(16, 8), noise=noise
+    )
     torch.testing.assert_close(out.x_target, x, rtol=0, atol=1e-13)
 
 
 def test_epsilon_prediction_on_a_discrete_schedule_trains(network):
     """SDXL's kind of network, with times drawn by the loss itself: nothing is 0 / 0, at the lowest index or anywhere else."""
     denoiser, (x, y, _) = mcm.Denoiser(network, DISCRETE, "epsilon"), batch(512, torch.float32)
-    for out in (mcm.diffusion_loss(denoiser, x, y), mcm.consistency_loss(denoiser, x, y, Stage(4, (512, 1024)), teacher=denoiser)):
+    for out in (
+        mcm.diffusion_loss(denoiser, x, y),
+        mcm.consistency_loss(denoiser, x, y, Stage(4, (512, 1024)), teacher=denoiser),
+    ):
         assert out.per_sample.isfinite().all() and out.x_target.isfinite().all()
-    with pytest.raises(mcm.InputError, match="grid of 2048 points is finer than the schedule's 1024"):
+    with pytest.raises(
+        mcm.InputError, match="grid of 2048 points is finer than the schedule's 1024"
+    ):
         mcm.consistency_loss(denoiser, x, y, Stage(4, (2048, 2048)))
 
 
@@ -79,7 +106,9 @@ def test_off_by_one_breaks_the_limit(network):
     denoiser, (x, y, noise) = copy_with(network), batch()
     wrong = Stage(32, teacher_steps=(64, 64), x_var=None, distance="squared")
     ours = mcm.consistency_loss(denoiser, x, y, wrong, t=linear_times(16, 64), noise=noise)
-    assert (ours.loss / mcm.diffusion_loss(denoiser, x, y, t=linear_times(16, 64), noise=noise).loss - 1).abs() > 1e-2
+    assert (
+        ours.loss / mcm.diffusion_loss(denoiser, x, y, t=linear_times(16, 64), noise=noise).loss - 1
+    ).abs() > 1e-2
 
 
 def test_infinity_step_sampler_is_ddim(network):
@@ -92,8 +121,12 @@ def test_infinity_step_sampler_is_ddim(network):
         with torch.no_grad():
             v = student.network(z, torch.full((3,), k / 16, dtype=torch.float64), y)
         x_hat = math.cos(angle_t) * z - math.sin(angle_t) * v
-        z = math.cos(angle_s) * x_hat + math.sin(angle_s) * (z - math.cos(angle_t) * x_hat) / math.sin(angle_t)
-    torch.testing.assert_close(ours, z, rtol=1e-9, atol=1e-9)  # 16 steps, each amplifying rounding a little
+        z = math.cos(angle_s) * x_hat + math.sin(angle_s) * (
+            z - math.cos(angle_t) * x_hat
+        ) / math.sin(angle_t)
+    torch.testing.assert_close(
+        ours, z, rtol=1e-9, atol=1e-9
+    )  # 16 steps, each amplifying rounding a little
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -109,7 +142,15 @@ def test_one_segment_is_a_consistency_model(network, schedule, distill):
     x, y, noise = batch()
     N = 20
     i = torch.linspace(1, N, 16).round().long()
-    out = mcm.consistency_loss(student, x, y, cm(teacher_steps=(N, N), c=0.03), teacher=teacher, t=i.double() / N, noise=noise)
+    out = mcm.consistency_loss(
+        student,
+        x,
+        y,
+        cm(teacher_steps=(N, N), c=0.03),
+        teacher=teacher,
+        t=i.double() / N,
+        noise=noise,
+    )
 
     per_sample = []
     for b in range(16):
@@ -169,7 +210,9 @@ def test_at_the_bottom_of_a_segment_the_student_has_no_say(network, K):
     for above, same in ((1, True), (2, False)):
         t = (torch.arange(16) % K * 4 + above).double() / grid
         a = mcm.consistency_loss(teacher, x, y, stage, teacher=teacher, t=t, noise=noise).x_target
-        b = mcm.consistency_loss(teacher, x, y, stage, teacher=teacher, target=garbage, t=t, noise=noise).x_target
+        b = mcm.consistency_loss(
+            teacher, x, y, stage, teacher=teacher, target=garbage, t=t, noise=noise
+        ).x_target
         assert torch.equal(a, b) if same else (a - b).abs().flatten(1).amax(1).min() > 1
 
 
@@ -177,10 +220,14 @@ def test_at_the_bottom_of_a_segment_the_student_has_no_say(network, K):
 def test_tops_are_drawn_and_are_where_the_sampler_evaluates(network, K):
     stage, seen = recipe(K, teacher_steps=(64, 64)), []
     student = mcm.Denoiser(network, COSINE, student_steps=K)
-    drawn = torch.cat([mcm.consistency_loss(student, *batch(256, torch.float32)[:2], stage).t for _ in range(6)])
+    drawn = torch.cat(
+        [mcm.consistency_loss(student, *batch(256, torch.float32)[:2], stage).t for _ in range(6)]
+    )
     points = stage.points_per_segment(1.0)
     index = torch.round(drawn * K * points).long()
-    assert torch.equal(index.unique(), torch.arange(1, K * points + 1))  # every grid point above 0 is drawn, 0 never
+    assert torch.equal(
+        index.unique(), torch.arange(1, K * points + 1)
+    )  # every grid point above 0 is drawn, 0 never
     student.network.register_forward_hook(lambda m, inputs, out: seen.append(inputs[1][0].item()))
     mcm.sample(student, torch.randn(1, 1, 8, 8))
     for t in seen:  # the last of the points (j - 1) n + 1 ... j n of segment j
@@ -194,7 +241,9 @@ def test_gradient_flows_only_through_x_hat(network):
     x.requires_grad_()
     t = linear_times(16, 32)
     stage = recipe(4, teacher_steps=(32, 32))
-    out = mcm.consistency_loss(student, x, y, stage, teacher=teacher, target=target, t=t, noise=noise)
+    out = mcm.consistency_loss(
+        student, x, y, stage, teacher=teacher, target=target, t=t, noise=noise
+    )
     assert not out.x_target.requires_grad
     out.loss.backward()
     assert all(p.grad is None for p in [*teacher.parameters(), *target.parameters()])
@@ -211,19 +260,31 @@ def test_weights_and_distances(network):
     """v, clean and q residuals are one residual times 1 / sigma_t, 1 and alpha_q - alpha_t sigma_q / sigma_t; distances as defined."""
     denoiser, (x, y, noise), t = copy_with(network), batch(), linear_times(16, 24)
     teacher = lambda z, u, c=None: 0.5 * denoiser(z, u, c)  # noqa: E731
-    run = lambda **kw: mcm.consistency_loss(denoiser, x, y, Stage(3, (24, 24), x_var=None, **kw), teacher=teacher, t=t, noise=noise)  # noqa: E731
+
+    def run(**changes):
+        stage = Stage(3, (24, 24), x_var=None, **changes)
+        return mcm.consistency_loss(denoiser, x, y, stage, teacher=teacher, t=t, noise=noise)
+
     out = run(weight="x", distance="squared")
     difference = (out.x_target - out.x_hat).flatten(1)
     q = torch.floor((t * 24 - 1) / 8) * 8 / 24
     z_hat, z_target = (mcm.ddim(a, out.z_t, t, q, COSINE) for a in (out.x_hat, out.x_target))
     close = dict(rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(out.per_sample, difference.square().mean(1), **close)
-    torch.testing.assert_close(run(weight="q", distance="squared").per_sample, (z_hat - z_target).flatten(1).square().mean(1), **close)
+    torch.testing.assert_close(
+        run(weight="q", distance="squared").per_sample,
+        (z_hat - z_target).flatten(1).square().mean(1),
+        **close,
+    )
     v = difference / COSINE(t)[1][:, None]
     torch.testing.assert_close(run(distance="squared").per_sample, v.square().mean(1), **close)
-    torch.testing.assert_close(run(c=0.1).per_sample, torch.sqrt(v.square().mean(1) + 0.01) - 0.1, **close)
+    torch.testing.assert_close(
+        run(c=0.1).per_sample, torch.sqrt(v.square().mean(1) + 0.01) - 0.1, **close
+    )
     elementwise = (torch.sqrt(v.square() + 0.01) - 0.1).mean(1)
-    torch.testing.assert_close(run(distance="huber_elementwise", c=0.1).per_sample, elementwise, **close)
+    torch.testing.assert_close(
+        run(distance="huber_elementwise", c=0.1).per_sample, elementwise, **close
+    )
 
 
 def test_x_var_comes_from_the_unguided_teacher(network):
@@ -261,7 +322,9 @@ def test_both_calls_share_one_dropout_mask():
 def test_stratified_times_cover_every_noise_level_once():
     t = torch.cat([stratified_times(64, torch.device("cpu")) for _ in range(200)]).reshape(200, 64)
     assert (t > 0).all() and (t <= 1).all()
-    assert torch.equal(torch.ceil(t * 64).sort(1).values, torch.arange(1.0, 65).double().expand(200, 64))
+    assert torch.equal(
+        torch.ceil(t * 64).sort(1).values, torch.arange(1.0, 65).double().expand(200, 64)
+    )
     assert abs(t.mean() - 0.5) < 5 / (64 * math.sqrt(12 * 64 * 200))  # 5 standard errors
 
 
@@ -274,12 +337,19 @@ class GaussianConsistency(nn.Module):
 
     def __init__(self, std, K, bend=0.0):
         super().__init__()
-        self.std, self.K, self.schedule, self.bend = std, K, COSINE, nn.Parameter(torch.tensor(bend).double())
+        self.std, self.K, self.schedule, self.bend = (
+            std,
+            K,
+            COSINE,
+            nn.Parameter(torch.tensor(bend).double()),
+        )
 
     def forward(self, z, t, cond=None):
         q = (torch.ceil(t * self.K - 1e-9) - 1).clamp_min(0) / self.K
         (alpha, sigma), (alpha_q, sigma_q) = COSINE(t), COSINE(q)
-        scale = torch.sqrt((alpha_q**2 * self.std**2 + sigma_q**2) / (alpha**2 * self.std**2 + sigma**2))[:, None]
+        scale = torch.sqrt(
+            (alpha_q**2 * self.std**2 + sigma_q**2) / (alpha**2 * self.std**2 + sigma**2)
+        )[:, None]
         z_q = torch.where((t > q)[:, None], z * scale, z)
         x = mcm.inverse_ddim(z_q, z, t, q, COSINE)
         return torch.where((t > q)[:, None], x, z) + self.bend * torch.sin(3 * z)
@@ -292,7 +362,9 @@ def test_the_exact_consistency_function_is_a_zero_that_any_perturbation_raises(K
 
     def loss(T, bend=0.0):
         stage = Stage(K, (T, T), x_var=None, distance="squared", weight="q")
-        return mcm.consistency_loss(GaussianConsistency(0.5, K, bend), x, None, stage, teacher=exact, t=t, noise=noise).loss.item()
+        return mcm.consistency_loss(
+            GaussianConsistency(0.5, K, bend), x, None, stage, teacher=exact, t=t, noise=noise
+        ).loss.item()
 
     t = stratified_times(4000, torch.device("cpu"))
     losses = [loss(T) for T in (64, 128, 256, 512)]
@@ -328,7 +400,10 @@ def solved_table(K, T, distill, **changes):
     """
     z = torch.linspace(-6, 6, 12_001 if distill else 1501, dtype=torch.float64)
     nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(24))
-    student, stage = Table(T, K, z), Stage(K, (T, T), **dict(x_var=None, distance="squared") | changes)
+    student, stage = (
+        Table(T, K, z),
+        Stage(K, (T, T), **dict(x_var=None, distance="squared") | changes),
+    )
     for i in range(1, T + 1):
         t = torch.tensor([i / T]).double()
         alpha, sigma = COSINE(t)
@@ -336,13 +411,27 @@ def solved_table(K, T, distill, **changes):
             x, p = torch.zeros(len(z), 1).double(), 1.0
         else:
             variance = 0.04 * alpha**2 + sigma**2
-            means = torch.stack([(sigma**2 * m + 0.04 * alpha * z) / variance for m in (-1, 1)], 1)  # (z, component)
-            which = torch.softmax(torch.stack([-((z - alpha * m) ** 2) / (2 * variance) for m in (-1, 1)], 1), 1)
-            x = (means[..., None] + 0.2 * sigma / variance.sqrt() * nodes).flatten(1)  # (z, component * node)
+            means = torch.stack(
+                [(sigma**2 * m + 0.04 * alpha * z) / variance for m in (-1, 1)], 1
+            )  # (z, component)
+            which = torch.softmax(
+                torch.stack([-((z - alpha * m) ** 2) / (2 * variance) for m in (-1, 1)], 1), 1
+            )
+            x = (means[..., None] + 0.2 * sigma / variance.sqrt() * nodes).flatten(
+                1
+            )  # (z, component * node)
             p = (which[..., None] * weights / weights.sum()).flatten(1)
         noise = (z[:, None] - alpha * x) / sigma
         flat = lambda a: a.reshape(-1, 1)  # noqa: E731
-        out = mcm.consistency_loss(student, flat(x), None, stage, teacher=MIXTURE if distill else None, t=t.expand(x.numel()), noise=flat(noise))
+        out = mcm.consistency_loss(
+            student,
+            flat(x),
+            None,
+            stage,
+            teacher=MIXTURE if distill else None,
+            t=t.expand(x.numel()),
+            noise=flat(noise),
+        )
         student.values[i] = (p * out.x_target.reshape(x.shape)).sum(1)
     return student
 
@@ -352,7 +441,9 @@ def w2_to_the_mixture(student, K):
     x = mcm.sample(student, normal_quantiles(4000), K).flatten().sort().values
     grid = torch.linspace(-3, 3, 60_001, dtype=torch.float64)
     cdf = sum(0.25 * (1 + torch.erf((grid - m) / 0.2 / 2**0.5)) for m in (-1, 1))
-    quantiles = grid[torch.searchsorted(cdf, (torch.arange(4000).double() + 0.5) / 4000).clamp_max(60_000)]
+    quantiles = grid[
+        torch.searchsorted(cdf, (torch.arange(4000).double() + 0.5) / 4000).clamp_max(60_000)
+    ]
     return (x - quantiles).square().mean().sqrt().item()
 
 
@@ -382,22 +473,38 @@ def test_the_infinity_step_student_is_the_posterior_mean():
     student = solved_table(64, 64, False)
     for i in range(1, 65):
         t = torch.tensor([i / 64]).double()
-        torch.testing.assert_close(student.values[i], MIXTURE(student.z[:, None], t.expand(len(student.z)))[:, 0], rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            student.values[i],
+            MIXTURE(student.z[:, None], t.expand(len(student.z)))[:, 0],
+            rtol=0,
+            atol=1e-10,
+        )
 
 
 def test_a_linear_distance_learns_medians():
     """Why the limit needs a squared distance: with |.| in one dimension the K = T minimiser is the conditional median."""
-    x = torch.cat([MIXTURE.sample(20_001), torch.full((6000, 1), -1.0).double()])  # tilted: mean -0.23, median close to -0.9
-    z, t = torch.full_like(x, 0.05), torch.ones(len(x)).double()  # at t = 1, z says nothing: x given z is the data itself
+    x = torch.cat(
+        [MIXTURE.sample(20_001), torch.full((6000, 1), -1.0).double()]
+    )  # tilted: mean -0.23, median close to -0.9
+    z, t = (
+        torch.full_like(x, 0.05),
+        torch.ones(len(x)).double(),
+    )  # at t = 1, z says nothing: x given z is the data itself
 
     def loss(guess, distance):
         student = lambda u, v, c=None: torch.full_like(u, guess)  # noqa: E731
         student.schedule = COSINE
-        return mcm.consistency_loss(student, x, None, Stage(64, (64, 64), distance=distance), t=t, noise=z).loss.item()
+        return mcm.consistency_loss(
+            student, x, None, Stage(64, (64, 64), distance=distance), t=t, noise=z
+        ).loss.item()
 
     guesses = [g / 50 for g in range(-60, 61)]
-    assert min(guesses, key=lambda g: loss(g, "squared")) == pytest.approx(x.mean().item(), abs=0.011)
-    assert min(guesses, key=lambda g: loss(g, "huber")) == pytest.approx(x.median().item(), abs=0.011)
+    assert min(guesses, key=lambda g: loss(g, "squared")) == pytest.approx(
+        x.mean().item(), abs=0.011
+    )
+    assert min(guesses, key=lambda g: loss(g, "huber")) == pytest.approx(
+        x.median().item(), abs=0.011
+    )
 
 
 # --- what the latent recipes add: sub-steps, noise, states that need no data ---------------------------------------------------------
@@ -408,13 +515,23 @@ class Affine(torch.nn.Module):
 
     def __init__(self, a, b):
         super().__init__()
-        self.a, self.b, self.schedule = torch.nn.Parameter(torch.tensor(a, dtype=torch.float64)), b, mcm.CosineSchedule()
+        self.a, self.b, self.schedule = (
+            torch.nn.Parameter(torch.tensor(a, dtype=torch.float64)),
+            b,
+            mcm.CosineSchedule(),
+        )
 
     def forward(self, z, t, cond=None):
-        return torch.where((t == 0)[:, None], z, torch.tanh(self.a * z + self.b * t[:, None] + (0 if cond is None else cond[:, None])))
+        return torch.where(
+            (t == 0)[:, None],
+            z,
+            torch.tanh(self.a * z + self.b * t[:, None] + (0 if cond is None else cond[:, None])),
+        )
 
 
-@pytest.mark.parametrize("K, T, skip, h", [(8, 1000, 20, 1), (1, 8, 1, 3), (1, 1000, 24, 3), (2, 1000, 20, 3)])
+@pytest.mark.parametrize(
+    "K, T, skip, h", [(8, 1000, 20, 1), (1, 8, 1, 3), (1, 1000, 24, 3), (2, 1000, 20, 3)]
+)
 def test_the_target_lands_where_the_answer_at_z_s_lands(K, T, skip, h):
     """By its definition: DDIM t -> q of x_target is DDIM s -> q of x_hat(z_s, s), z_s from h steps of the teacher down to s."""
     stage = mcm.Stage(K, (T, T), skip=skip, x_var=None, weight="q", distance="squared", sub_steps=h)
@@ -430,13 +547,27 @@ def test_the_target_lands_where_the_answer_at_z_s_lands(K, T, skip, h):
         a, b = (t - (t - s) * m / h for m in (k, k + 1))
         z = mcm.ddim(teacher(z, a), z, a, b, student.schedule)
     z_q = mcm.ddim(student(z, s), z, s, q, student.schedule)
-    assert torch.allclose(mcm.ddim(output.x_target, output.z_t, t, q, student.schedule), z_q, atol=1e-9)
+    assert torch.allclose(
+        mcm.ddim(output.x_target, output.z_t, t, q, student.schedule), z_q, atol=1e-9
+    )
     landed = mcm.ddim(output.x_hat, output.z_t, t, q, student.schedule)
-    assert torch.allclose(output.per_sample, ((landed - z_q) ** 2).mean(1), atol=1e-9)  # "q" compares there
+    assert torch.allclose(
+        output.per_sample, ((landed - z_q) ** 2).mean(1), atol=1e-9
+    )  # "q" compares there
 
 
 def test_a_noisy_second_order_teacher_step_is_what_er_sde_makes():
-    stage = mcm.Stage(1, (1000, 1000), skip=24, x_var=None, weight="x", distance="squared", sub_steps=3, noise="er5", order=2)
+    stage = mcm.Stage(
+        1,
+        (1000, 1000),
+        skip=24,
+        x_var=None,
+        weight="x",
+        distance="squared",
+        sub_steps=3,
+        noise="er5",
+        order=2,
+    )
     student, teacher = Affine(0.5, 0.3), Affine(0.8, -0.2)
     x, noise = torch.randn(2, 16, 3, dtype=torch.float64)
     t = torch.linspace(0.05, 1, 16, dtype=torch.float64)
@@ -450,12 +581,18 @@ def test_a_noisy_second_order_teacher_step_is_what_er_sde_makes():
         x_hat = teacher(z, a)
         z = mcm.er_sde(x_hat, z, a, b, student.schedule, *before, "er5")
         before = x_hat, a
-    assert torch.allclose(output.x_target, student(z, s), atol=1e-9)  # one segment: the target is the answer at z_s
+    assert torch.allclose(
+        output.x_target, student(z, s), atol=1e-9
+    )  # one segment: the target is the answer at z_s
 
 
 def test_scott_is_finite_at_every_point_of_its_grid():
     """Near t = 0 its sub-steps are shorter than an index of the schedule."""
-    schedule = mcm.DiscreteSchedule(torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0))
+    schedule = mcm.DiscreteSchedule(
+        torch.cumprod(
+            1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0
+        )
+    )
     student = Affine(0.5, 0.3)
     student.schedule = schedule
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
@@ -467,11 +604,27 @@ def test_scott_is_finite_at_every_point_of_its_grid():
 
 @pytest.mark.parametrize("share_run", [False, True])
 def test_without_data_the_states_are_the_teachers(share_run):
-    stage = mcm.Stage(8, (1000, 1000), skip=20, x_var=None, weight="q", distance="squared", z_from="teacher", share_run=share_run)
-    student, teacher, noise, cond = Affine(0.5, 0.3), Affine(0.8, -0.2), torch.randn(32, 3, dtype=torch.float64), torch.randn(32, dtype=torch.float64)
+    stage = mcm.Stage(
+        8,
+        (1000, 1000),
+        skip=20,
+        x_var=None,
+        weight="q",
+        distance="squared",
+        z_from="teacher",
+        share_run=share_run,
+    )
+    student, teacher, noise, cond = (
+        Affine(0.5, 0.3),
+        Affine(0.8, -0.2),
+        torch.randn(32, 3, dtype=torch.float64),
+        torch.randn(32, dtype=torch.float64),
+    )
     output = mcm.consistency_loss(student, None, cond, stage, teacher=teacher, noise=noise)
     assert output.x is None
-    expected, _ = sampling.teacher_states(stage, None, noise, output.t, output.cond, student, teacher)
+    expected, _ = sampling.teacher_states(
+        stage, None, noise, output.t, output.cond, student, teacher
+    )
     assert torch.equal(output.z_t, expected)
     segments = torch.ceil(output.t * 8).long()
     if share_run:  # each run of 8 samples falls through all 8 segments, under one condition
@@ -484,10 +637,24 @@ def test_without_data_the_states_are_the_teachers(share_run):
 
 
 def test_states_from_the_students_own_sample():
-    stage = mcm.Stage(1, (8, 8), x_var=None, weight="x", distance="squared", sub_steps=3, z_from="student", run=4)
-    student, teacher, noise = Affine(0.5, 0.3), Affine(0.8, -0.2), torch.randn(32, 3, dtype=torch.float64)
+    stage = mcm.Stage(
+        1, (8, 8), x_var=None, weight="x", distance="squared", sub_steps=3, z_from="student", run=4
+    )
+    student, teacher, noise = (
+        Affine(0.5, 0.3),
+        Affine(0.8, -0.2),
+        torch.randn(32, 3, dtype=torch.float64),
+    )
     torch.manual_seed(3)
-    output = mcm.consistency_loss(student, None, None, stage, teacher=teacher, noise=noise, t=torch.full((32,), 0.5, dtype=torch.float64))
+    output = mcm.consistency_loss(
+        student,
+        None,
+        None,
+        stage,
+        teacher=teacher,
+        noise=noise,
+        t=torch.full((32,), 0.5, dtype=torch.float64),
+    )
     torch.manual_seed(3)
     assert torch.equal(output.x, mcm.sample(student, noise, 4, solver=mcm.renoise))
     assert not output.x.requires_grad and set((output.t * 8).tolist()) == {4.0}
@@ -498,4 +665,6 @@ def test_data_free_stages_say_what_they_need():
     with pytest.raises(mcm.InputError, match="pass the noise"):
         mcm.consistency_loss(Affine(0.5, 0.3), None, None, stage, teacher=Affine(0.8, -0.2))
     with pytest.raises(mcm.InputError, match="multiple of 8"):
-        mcm.consistency_loss(Affine(0.5, 0.3), None, None, stage, teacher=Affine(0.8, -0.2), noise=torch.randn(12, 3))
+        mcm.consistency_loss(
+            Affine(0.5, 0.3), None, None, stage, teacher=Affine(0.8, -0.2), noise=torch.randn(12, 3)
+        )

@@ -24,7 +24,10 @@ def test_frechet_equals_the_closed_form():
     rotation = torch.linalg.qr(torch.randn(d, d).double()).Q
     a, b = torch.rand(d).double() + 0.1, torch.rand(d).double() + 0.1
     mean = torch.randn(d).double()
-    x, y = exactly(torch.zeros(d).double(), rotation * a @ rotation.T), exactly(mean, rotation * b @ rotation.T)
+    x, y = (
+        exactly(torch.zeros(d).double(), rotation * a @ rotation.T),
+        exactly(mean, rotation * b @ rotation.T),
+    )
     expected = mean.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
     assert metrics.frechet(x, y) == pytest.approx(expected.item(), rel=1e-9)
     assert metrics.frechet(x, x) == pytest.approx(0, abs=1e-9)
@@ -32,7 +35,10 @@ def test_frechet_equals_the_closed_form():
 
 def test_frechet_equals_an_independent_matrix_square_root():
     """Covariances that do not commute, against tr sqrt(S_a S_b) from the eigenvalues of the product, which are real and positive."""
-    x, y = torch.randn(300, 6).double() @ torch.randn(6, 6).double(), torch.randn(200, 6).double() @ torch.randn(6, 6).double() + 1
+    x, y = (
+        torch.randn(300, 6).double() @ torch.randn(6, 6).double(),
+        torch.randn(200, 6).double() @ torch.randn(6, 6).double() + 1,
+    )
     s, r = np.cov(x.numpy().T), np.cov(y.numpy().T)
     cross = np.sqrt(np.linalg.eigvals(s @ r).real).sum()
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum().item() + np.trace(s) + np.trace(r) - 2 * cross
@@ -50,7 +56,9 @@ def test_precision_and_recall():
     real = torch.arange(100.0)[:, None]
     assert metrics.precision_recall(real, real) == (1.0, 1.0)
     precision, recall = metrics.precision_recall(real, real[:50] + 0.25)
-    assert precision == 1.0 and recall == pytest.approx(0.52, abs=0.015)  # the third neighbour reaches 2 beyond the end
+    assert precision == 1.0 and recall == pytest.approx(
+        0.52, abs=0.015
+    )  # the third neighbour reaches 2 beyond the end
     strays = torch.cat([real, 1000 + 50 * torch.arange(100.0)[:, None]])
     assert metrics.precision_recall(real, strays)[0] == 0.5
 
@@ -82,7 +90,9 @@ def test_the_feature_classifier_is_good_cached_and_deterministic(tmp_path):
     cached, _ = metrics.train_classifier(data, 300, tmp_path / "f.safetensors")
     assert (tmp_path / "f.safetensors").stat().st_mtime_ns == changed
     x = torch.randn(4, 1, 8, 8)
-    assert torch.equal(first.features(x), cached.features(x)) and torch.equal(first.features(x), again.features(x))
+    assert torch.equal(first.features(x), cached.features(x)) and torch.equal(
+        first.features(x), again.features(x)
+    )
     with pytest.raises(mcm.InputError, match="delete it or use another"):
         metrics.train_classifier(data, 200, tmp_path / "f.safetensors")
 
@@ -93,7 +103,10 @@ def test_frechet_sees_what_it_should(tmp_path):
     classifier, _ = metrics.train_classifier(data, 300, tmp_path / "f.safetensors")
     real = metrics.embed(classifier, data.images)[0]
     held = data.held_images.float() / 127.5 - 1
-    distances = [metrics.frechet(real, metrics.embed(classifier, held + s * torch.randn_like(held))[0]) for s in (0, 0.3, 0.6, 2)]
+    distances = [
+        metrics.frechet(real, metrics.embed(classifier, held + s * torch.randn_like(held))[0])
+        for s in (0, 0.3, 0.6, 2)
+    ]
     assert distances == sorted(distances) and distances[1] > 1.2 * distances[0]
 
 
@@ -111,7 +124,9 @@ def downloads(tmp_path, monkeypatch):
 
 
 def test_inception_without_weights_says_what_to_fetch(downloads):
-    with pytest.raises(mcm.InputError, match=f"no network.*Put https.*{downloads.name} into .*checkpoints"):
+    with pytest.raises(
+        mcm.InputError, match=f"no network.*Put https.*{downloads.name} into .*checkpoints"
+    ):
         metrics.Inception()
 
 
@@ -139,10 +154,17 @@ def test_inception_features(downloads, monkeypatch):
         patch.setattr(port.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         network = port.FeatureExtractorInceptionV3("x", ["2048"])
     torch.save(network.state_dict(), downloads)
-    inception, images = metrics.Inception(), torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    inception, images = (
+        metrics.Inception(),
+        torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8),
+    )
     features, classes = metrics.embed(inception, images)
     assert features.shape == (3, metrics.Inception.DIM) and classes is None and features.std() > 0
     torch.testing.assert_close(features, network(images)[0])
-    torch.testing.assert_close(metrics.embed(inception, to_float(images) + 0.001)[0], features)  # rounded to 8 bits
+    torch.testing.assert_close(
+        metrics.embed(inception, to_float(images) + 0.001)[0], features
+    )  # rounded to 8 bits
     grey = images[:, :1]
-    torch.testing.assert_close(metrics.embed(inception, grey)[0], network(grey.repeat(1, 3, 1, 1))[0])
+    torch.testing.assert_close(
+        metrics.embed(inception, grey)[0], network(grey.repeat(1, 3, 1, 1))[0]
+    )

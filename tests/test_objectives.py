@@ -18,7 +18,14 @@ def output_of(sdxl, student="student", z_from="data", n=4):
     cond = sdxl.encode(ENGLISH[:n])
     stage = mcm.Stage(1, (8, 8), x_var=None, weight="x", distance="squared", z_from=z_from, run=2)
     x = torch.randn(n, 4, 8, 8) if z_from == "data" else None
-    return mcm.consistency_loss(sdxl.denoiser(student), x, cond, stage, teacher=sdxl.denoiser(), noise=torch.randn(n, 4, 8, 8))
+    return mcm.consistency_loss(
+        sdxl.denoiser(student),
+        x,
+        cond,
+        stage,
+        teacher=sdxl.denoiser(),
+        noise=torch.randn(n, 4, 8, 8),
+    )
 
 
 def reached(sdxl):
@@ -26,7 +33,9 @@ def reached(sdxl):
     names = set()
     for key, p in sdxl.unet.named_parameters():
         if p.grad is not None and p.grad.abs().max() > 0:
-            names.add(next((n for n in ("student", "fake", "critic") if f".{n}." in key), "teacher"))
+            names.add(
+                next((n for n in ("student", "fake", "critic") if f".{n}." in key), "teacher")
+            )
         p.grad = None
     for part in (sdxl.pipe.vae, sdxl.pipe.text_encoder, sdxl.pipe.text_encoder_2):
         names |= {"frozen part" for p in part.parameters() if p.grad is not None}
@@ -44,8 +53,10 @@ def brightness(images, prompts):
 
 def objectives(sdxl, diffused):
     return [
-        Preference(brightness, sdxl.to_images, 16.0, ENGLISH), DistributionMatching(sdxl, w=2.0), Adversarial(sdxl, diffused),
-    ]  # fmt: skip
+        Preference(brightness, sdxl.to_images, 16.0, ENGLISH),
+        DistributionMatching(sdxl, w=2.0),
+        Adversarial(sdxl, diffused),
+    ]
 
 
 @pytest.mark.parametrize("diffused", [False, True])
@@ -64,7 +75,9 @@ def test_each_gradient_reaches_only_what_it_should(sdxl, diffused):
         assert reached(sdxl) == {"student"}, objective
         if objective.learner:
             objective.critic_loss(output).backward()
-            expected = {"DistributionMatching": {"fake"}, "Adversarial": {"critic"}}[type(objective).__name__]
+            expected = {"DistributionMatching": {"fake"}, "Adversarial": {"critic"}}[
+                type(objective).__name__
+            ]
             assert reached(sdxl) == expected
 
 
@@ -78,21 +91,37 @@ def test_preference_is_a_hinge(sdxl):
     """Nothing is asked of samples whose reward has reached s0; the reward of wrong prompts is pushed to 0 and not below."""
     trained_student(sdxl)
     output = output_of(sdxl)
-    for right, wrong, s0, expected in ((5.0, -1.0, 3.0, 0.0), (1.0, -1.0, 3.0, 2.0), (5.0, 2.0, 3.0, 2.0), (1.0, 2.0, 3.0, 4.0)):
-        reward = lambda images, prompts: torch.tensor([right if prompts == ENGLISH else wrong] * len(prompts))  # noqa: B023, E731
-        assert Preference(reward, sdxl.to_images, s0, ["something else"]).loss(output, ENGLISH).item() == pytest.approx(expected)
+    for right, wrong, s0, expected in (
+        (5.0, -1.0, 3.0, 0.0),
+        (1.0, -1.0, 3.0, 2.0),
+        (5.0, 2.0, 3.0, 2.0),
+        (1.0, 2.0, 3.0, 4.0),
+    ):
+
+        def reward(images, prompts, right=right, wrong=wrong):
+            return torch.tensor([right if prompts == ENGLISH else wrong] * len(prompts))
+
+        objective = Preference(reward, sdxl.to_images, s0, ["something else"])
+        assert objective.loss(output, ENGLISH).item() == pytest.approx(expected)
 
 
 def test_a_prompt_is_never_its_own_opposite(sdxl):
     trained_student(sdxl)
     reward = lambda images, prompts: torch.full((len(prompts),), 2.0)  # noqa: E731
-    assert Preference(reward, sdxl.to_images, 3.0, ENGLISH[:1]).loss(output_of(sdxl, n=1), ENGLISH[:1]).item() == pytest.approx(1.0)
+    assert Preference(reward, sdxl.to_images, 3.0, ENGLISH[:1]).loss(
+        output_of(sdxl, n=1), ENGLISH[:1]
+    ).item() == pytest.approx(1.0)
 
 
 def test_a_reward_can_be_climbed(sdxl):
     trained_student(sdxl)
     learner = mcm.training.Learner(sdxl.weights("student"), 1.0)
-    objective = Preference(lambda images, prompts: images.mean((1, 2, 3)) * (prompts != ["x"] * 4), sdxl.to_images, 100.0, ["x"])
+    objective = Preference(
+        lambda images, prompts: images.mean((1, 2, 3)) * (prompts != ["x"] * 4),
+        sdxl.to_images,
+        100.0,
+        ["x"],
+    )
     losses = []
     for step in range(15):
         torch.manual_seed(0)
@@ -153,7 +182,10 @@ def test_the_discriminator_learns_to_tell_real_from_fake(sdxl, diffused):
         losses.append(loss.item())
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     with torch.no_grad():
-        real, fake = (adversary.logits(x, output.t, torch.zeros_like(x), output).mean() for x in (output.x, output.x_hat))
+        real, fake = (
+            adversary.logits(x, output.t, torch.zeros_like(x), output).mean()
+            for x in (output.x, output.x_hat)
+        )
     assert real > fake  # high is real, and that is what the student climbs
     # and the student is then told to look more real: along its gradient the logits of x_hat rise
     x = output.x_hat.detach().requires_grad_()
@@ -162,7 +194,9 @@ def test_the_discriminator_learns_to_tell_real_from_fake(sdxl, diffused):
     torch.manual_seed(0)
     before = adversary.loss(output._replace(x_hat=x.detach()), ENGLISH)
     torch.manual_seed(0)
-    after = adversary.loss(output._replace(x_hat=x.detach() - 0.1 * gradient / gradient.abs().max()), ENGLISH)
+    after = adversary.loss(
+        output._replace(x_hat=x.detach() - 0.1 * gradient / gradient.abs().max()), ENGLISH
+    )
     assert after < before
 
 

@@ -18,8 +18,20 @@ RUN = "--data digits --device cpu --channels 16 --teacher-iterations 12 --studen
 
 
 def run(processes: int, out: Path, *more: str) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "run_cifar.py"), *RUN.split(), "--out", str(out), *more]
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        if processes > 1
+        else []
+    )
+    command = [
+        sys.executable,
+        *launcher,
+        str(ROOT / "run_cifar.py"),
+        *RUN.split(),
+        "--out",
+        str(out),
+        *more,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -37,26 +49,40 @@ def runs(tmp_path_factory):
 def apart(a: Path, b: Path, name: str) -> float:
     """How far the weights of two runs' models lie apart, over their size."""
     one, two = (mcm.load(folder / f"{name}.safetensors").network.state_dict() for folder in (a, b))
-    return (torch.cat([(one[k] - two[k]).flatten() for k in one]).norm() / torch.cat([v.flatten() for v in one.values()]).norm()).item()
+    return (
+        torch.cat([(one[k] - two[k]).flatten() for k in one]).norm()
+        / torch.cat([v.flatten() for v in one.values()]).norm()
+    ).item()
 
 
 @pytest.mark.parametrize("name", ["teacher", "cd-2"])
 def test_two_processes_train_what_one_does(runs, name):
     """To rounding, in weights and losses."""
     assert apart(runs[1], runs[2], name) < 1e-4
-    logs = [[json.loads(line) for line in (runs[n] / "log.jsonl").read_text().splitlines()] for n in (1, 2)]
+    logs = [
+        [json.loads(line) for line in (runs[n] / "log.jsonl").read_text().splitlines()]
+        for n in (1, 2)
+    ]
     assert [(a["model"], a["step"]) for a in logs[0]] == [(b["model"], b["step"]) for b in logs[1]]
     for a, b in zip(*logs):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a[
+            "gradient_norm"
+        ] == pytest.approx(b["gradient_norm"], rel=1e-3)
         assert [x is None for x in a["loss_by_t"]] == [x is None for x in b["loss_by_t"]]
 
 
 def test_two_processes_measure_what_one_does(runs):
     one, two = (json.loads((runs[n] / "results.json").read_text())["rows"] for n in (1, 2))
     for a, b in zip(one, two):
-        assert (a["model"], a["steps"]) == (b["model"], b["steps"]) and a["frechet"] == pytest.approx(b["frechet"], rel=1e-2)
-        assert a["rmse_to_teacher"] == pytest.approx(b["rmse_to_teacher"], rel=1e-2, abs=1e-6)  # sees the order of images
-        assert a["class_accuracy"] == pytest.approx(b["class_accuracy"], abs=0.02)  # and of predictions
+        assert (a["model"], a["steps"]) == (b["model"], b["steps"]) and a[
+            "frechet"
+        ] == pytest.approx(b["frechet"], rel=1e-2)
+        assert a["rmse_to_teacher"] == pytest.approx(
+            b["rmse_to_teacher"], rel=1e-2, abs=1e-6
+        )  # sees the order of images
+        assert a["class_accuracy"] == pytest.approx(
+            b["class_accuracy"], abs=0.02
+        )  # and of predictions
 
 
 def test_two_processes_draw_the_same_images(runs):
@@ -69,7 +95,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name, value in (("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(mcm.InputError, match="2 processes on a machine with 1 GPUs: use --nproc_per_node 1"):
+    with pytest.raises(
+        mcm.InputError, match="2 processes on a machine with 1 GPUs: use --nproc_per_node 1"
+    ):
         parallel.start(None)
 
 
@@ -79,7 +107,9 @@ def test_dropout_differs_between_processes_and_agrees_between_the_two_calls_of_a
         monkeypatch.setattr(parallel, "place", lambda rank=rank: (rank, 2))
         torch.manual_seed(0)
         masks[rank] = network(torch.ones(100)) > 0
-        assert torch.equal(network(torch.ones(100)) > 0, masks[rank])  # nothing was drawn in between
+        assert torch.equal(
+            network(torch.ones(100)) > 0, masks[rank]
+        )  # nothing was drawn in between
         after = torch.rand(3)
         assert not torch.equal(network(torch.ones(100)) > 0, masks[rank])
     assert not torch.equal(masks[0], masks[1])
@@ -91,18 +121,32 @@ def test_a_run_that_two_began_is_ended_by_one(runs, tmp_path):
     out = tmp_path / "run"
     done = run(2, out, "--student-iterations", "4")
     assert done.returncode == 0, done.stderr[-2000:]
-    for end in ("", ".state", ".state.previous"):  # as a kill after the teacher's step 8 would leave it
+    for end in (
+        "",
+        ".state",
+        ".state.previous",
+    ):  # as a kill after the teacher's step 8 would leave it
         path = out / f"teacher{end}.safetensors"
-        path.unlink(missing_ok=True) if end != ".state.previous" else path.rename(out / "teacher.state.safetensors")
+        path.unlink(missing_ok=True) if end != ".state.previous" else path.rename(
+            out / "teacher.state.safetensors"
+        )
     for path in out.glob("cd-2*"):
         path.unlink()
     before = (out / "log.jsonl").read_text().splitlines()[:2]
-    assert [(json.loads(line)["model"], json.loads(line)["step"]) for line in before] == [("teacher", 4), ("teacher", 8)]
+    assert [(json.loads(line)["model"], json.loads(line)["step"]) for line in before] == [
+        ("teacher", 4),
+        ("teacher", 8),
+    ]
     assert run(1, out, "--resume").returncode == 0
-    assert (out / "log.jsonl").read_text().splitlines()[:2] == before  # with their seconds: these steps were not made again
+    assert (out / "log.jsonl").read_text().splitlines()[
+        :2
+    ] == before  # with their seconds: these steps were not made again
     assert apart(runs[1], out, "teacher") < 1e-4
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     done = run(2, tmp_path / "run", "--batch", "33")
-    assert done.returncode != 0 and "a batch of 33 cannot be shared evenly by 2 processes" in done.stderr
+    assert (
+        done.returncode != 0
+        and "a batch of 33 cannot be shared evenly by 2 processes" in done.stderr
+    )

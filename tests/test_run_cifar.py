@@ -30,7 +30,12 @@ import run_cifar  # noqa: E402
 def run(*arguments):
     """As a user would: a process of its own. -> what it printed."""
     environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning", "TQDM_DISABLE": "1"}
-    done = subprocess.run([sys.executable, str(ROOT / "run_cifar.py"), *map(str, arguments)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run_cifar.py"), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -65,7 +70,9 @@ def test_digits_students_beat_their_teacher_by_far(tmp_path):
     students = {r["steps"]: r for r in rows if r["model"] == "student"}
     for K in (1, 2):
         assert students[K]["frechet"] < 0.5 * teacher[K]["frechet"]
-        assert students[K]["rmse_to_teacher"] < 0.6 * teacher[K]["rmse_to_teacher"]  # the same noise gives the same image
+        assert (
+            students[K]["rmse_to_teacher"] < 0.6 * teacher[K]["rmse_to_teacher"]
+        )  # the same noise gives the same image
         assert students[K]["recall"] > teacher[K]["recall"] + 0.3
         assert students[K]["class_accuracy"] > 0.9
 
@@ -73,29 +80,75 @@ def test_digits_students_beat_their_teacher_by_far(tmp_path):
 def test_what_out_receives(quick):
     names = {p.name for p in quick.iterdir()}
     pictures = {"samples.png", "quality_vs_steps.png", "training.png"}
-    checkpoints = {f"{m}{end}.safetensors" for m in ("teacher", "cd-1", "cd-2") for end in ("", ".state", ".state.previous")}
-    assert names == {"results.json", "results.md", "log.jsonl", "run.json", "rows.json", "previews"} | pictures | checkpoints
+    checkpoints = {
+        f"{m}{end}.safetensors"
+        for m in ("teacher", "cd-1", "cd-2")
+        for end in ("", ".state", ".state.previous")
+    }
+    assert (
+        names
+        == {"results.json", "results.md", "log.jsonl", "run.json", "rows.json", "previews"}
+        | pictures
+        | checkpoints
+    )
     for picture in [*(quick / name for name in pictures), *(quick / "previews").iterdir()]:
         assert np.array(Image.open(picture)).std() > 10
-    assert {p.name for p in (quick / "previews").iterdir()} >= {"teacher-000003.png", "teacher-000006.png", "cd-2-000004.png"}
-    assert mcm.load(quick / "cd-2.safetensors").student_steps == 2 and mcm.load(quick / "teacher.safetensors").student_steps is None
+    assert {p.name for p in (quick / "previews").iterdir()} >= {
+        "teacher-000003.png",
+        "teacher-000006.png",
+        "cd-2-000004.png",
+    }
+    assert (
+        mcm.load(quick / "cd-2.safetensors").student_steps == 2
+        and mcm.load(quick / "teacher.safetensors").student_steps is None
+    )
 
 
 def test_results_json_has_the_promised_shape(quick):
     results = json.loads((quick / "results.json").read_text())
     assert results["data"] == "digits" and results["seed"] == 0 and results["device"] == "cpu"
-    assert results["command"].startswith("python run_cifar.py --data digits") and results["processes"] == 1 and str(quick.parent) not in json.dumps(results)
-    metric = {k: results["metric"][k] for k in ("name", "dim", "n_generated", "n_reference", "reference")}
-    assert metric == {"name": "frechet", "dim": 64, "n_generated": 128, "n_reference": 1500, "reference": "train"}
+    assert (
+        results["command"].startswith("python run_cifar.py --data digits")
+        and results["processes"] == 1
+        and str(quick.parent) not in json.dumps(results)
+    )
+    metric = {
+        k: results["metric"][k] for k in ("name", "dim", "n_generated", "n_reference", "reference")
+    }
+    assert metric == {
+        "name": "frechet",
+        "dim": 64,
+        "n_generated": 128,
+        "n_reference": 1500,
+        "reference": "train",
+    }
     assert results["reference_floor"]["n"] == 750 and results["reference_floor"]["frechet"] > 0
-    columns = {"model", "sampler", "steps", "nfe", "frechet", "precision", "recall", "rmse_to_teacher", "class_accuracy", "seconds_per_image"}
+    columns = {
+        "model",
+        "sampler",
+        "steps",
+        "nfe",
+        "frechet",
+        "precision",
+        "recall",
+        "rmse_to_teacher",
+        "class_accuracy",
+        "seconds_per_image",
+    }
     assert [(r["model"], r["sampler"], r["steps"]) for r in results["rows"]] == (
-        [("teacher", "ddim", k) for k in (1, 2, 4, 8, 16, 32, 64)] + [("teacher", "addim", k) for k in (2, 4, 8, 16)] + [("student", "ddim", k) for k in (1, 2)]
+        [("teacher", "ddim", k) for k in (1, 2, 4, 8, 16, 32, 64)]
+        + [("teacher", "addim", k) for k in (2, 4, 8, 16)]
+        + [("student", "ddim", k) for k in (1, 2)]
     )
     for row in results["rows"]:
-        assert set(row) == columns | ({"recipe"} if row["model"] == "student" else set()) and row["nfe"] == row["steps"]
+        assert (
+            set(row) == columns | ({"recipe"} if row["model"] == "student" else set())
+            and row["nfe"] == row["steps"]
+        )
     assert results["rows"][6]["rmse_to_teacher"] == 0 and results["rows"][-1]["recipe"] == "mcm-cd"
-    assert set(results["seconds"]) == {"teacher", "students", "evaluation", "total"} and set(results["seconds"]["students"]) == {"1", "2"}
+    assert set(results["seconds"]) == {"teacher", "students", "evaluation", "total"} and set(
+        results["seconds"]["students"]
+    ) == {"1", "2"}
 
 
 @pytest.mark.parametrize(
@@ -130,20 +183,40 @@ def test_fid_is_named_only_with_inception(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(run_cifar.metrics, "Inception", Inception)
     assert run_cifar.parse(["--data", "digits", "--features", "inception"]).samples == 50_000
-    for more, named in (("", True), ("--samples 49999", False), ("--image-size 16", False), ("--data imagenet64 --samples 60000", True)):
-        assert run_cifar.is_fid(run_cifar.parse(["--features", "inception", *more.split()])) == named
+    for more, named in (
+        ("", True),
+        ("--samples 49999", False),
+        ("--image-size 16", False),
+        ("--data imagenet64 --samples 60000", True),
+    ):
+        assert (
+            run_cifar.is_fid(run_cifar.parse(["--features", "inception", *more.split()])) == named
+        )
     assert not run_cifar.is_fid(run_cifar.parse(["--samples", "50000"]))
     monkeypatch.setattr(run_cifar, "FID_SAMPLES", 128)
-    arguments = [*QUICK.split(), "--features", "inception", "--steps", "2", "--out", str(tmp_path / "run")]
+    arguments = [
+        *QUICK.split(),
+        "--features",
+        "inception",
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert run_cifar.run(arguments) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["metric"]["name"] == "fid" and "| FID |" in (tmp_path / "run" / "results.md").read_text()
+    assert (
+        results["metric"]["name"] == "fid"
+        and "| FID |" in (tmp_path / "run" / "results.md").read_text()
+    )
     data = load_data("digits")
     kept = load_file(next(tmp_path.glob("inception-digits-*.safetensors")))["features"]
     torch.testing.assert_close(kept, to_float(data.images).flatten(1))
     assert calls.count(1000) == 1  # the 1,500 training images went through once
     assert run_cifar.run([*arguments, "--resume"]) == 0 and calls.count(1000) == 1
-    assert "FID" not in (run_cifar.table(results | {"metric": results["metric"] | {"name": "frechet"}})).replace("not FID", "")
+    assert "FID" not in (
+        run_cifar.table(results | {"metric": results["metric"] | {"name": "frechet"}})
+    ).replace("not FID", "")
 
 
 def test_resume_repeats_nothing_and_adds_what_is_new(quick, tmp_path):
@@ -157,25 +230,51 @@ def test_resume_repeats_nothing_and_adds_what_is_new(quick, tmp_path):
     old, new = (json.loads((d / "results.json").read_text())["rows"] for d in (quick, out))
     assert new[:-1] == old and new[-1]["steps"] == 4
     run(*QUICK.split(), "--method", "ct", "--steps", 2, "--out", out, "--resume")
-    assert [r.get("recipe") for r in json.loads((out / "results.json").read_text())["rows"]][-4:] == ["mcm-cd"] * 3 + ["mcm-ct"]
+    assert [r.get("recipe") for r in json.loads((out / "results.json").read_text())["rows"]][
+        -4:
+    ] == ["mcm-cd"] * 3 + ["mcm-ct"]
     # a student made anew is measured anew, the others are not
     for end in ("", ".state"):
         (out / f"cd-2{end}.safetensors").unlink()
-    run(*QUICK.replace("--student-iterations 4", "--student-iterations 8").split(), "--steps", 2, "--out", out, "--resume")
+    run(
+        *QUICK.replace("--student-iterations 4", "--student-iterations 8").split(),
+        "--steps",
+        2,
+        "--out",
+        out,
+        "--resume",
+    )
     rows = json.loads((out / "results.json").read_text())["rows"]
-    assert [r["frechet"] == o["frechet"] for r, o in zip(rows[-4:-1], new[-3:])] == [True, False, True]
+    assert [r["frechet"] == o["frechet"] for r, o in zip(rows[-4:-1], new[-3:])] == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_kills_at_random_moments_change_nothing():
     """The short version of a benchmark, which kills a larger run 30 times."""
     shorter = "--channels 8 --teacher-iterations 24 --student-iterations 12 --samples 128 --classifier-iterations 5".split()
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "kills.py"), "2", *shorter], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout.count("identical") >= 2 and done.stdout.splitlines()[-1].endswith("0 runs that ended differently"), done.stdout + done.stderr
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "2", *shorter],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (
+        done.returncode == 0
+        and done.stdout.count("identical") >= 2
+        and done.stdout.splitlines()[-1].endswith("0 runs that ended differently")
+    ), done.stdout + done.stderr
 
 
 def test_an_interrupted_run_ends_like_an_undisturbed_one(quick, tmp_path):
     """Stopped for real in the middle of a student by Ctrl-C, which saves: the resumed weights are the same. (Kills: above.)"""
-    arguments = QUICK.replace("--student-iterations 4", "--student-iterations 300").replace("--save-every 3", "--save-every 40").split()
+    arguments = (
+        QUICK.replace("--student-iterations 4", "--student-iterations 300")
+        .replace("--save-every 3", "--save-every 40")
+        .split()
+    )
     arguments += ["--steps", "2", "--teacher", str(quick / "teacher.safetensors")]
     finals = []
     for name in ("whole", "broken"):
@@ -183,7 +282,9 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(quick, tmp_path):
         shutil.rmtree(out)
         command = [sys.executable, str(ROOT / "run_cifar.py"), *arguments, "--out", str(out)]
         if name == "broken":
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             while not (out / "cd-2.state.safetensors").exists():
                 assert process.poll() is None
                 time.sleep(0.02)
@@ -193,19 +294,35 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(quick, tmp_path):
             command.append("--resume")
         assert subprocess.run(command, capture_output=True).returncode == 0
         finals.append(mcm.load(out / "cd-2.safetensors").network.state_dict())
-        assert len({json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()}) == len((out / "log.jsonl").read_text().splitlines())
+        assert len(
+            {json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()}
+        ) == len((out / "log.jsonl").read_text().splitlines())
     assert all(torch.equal(finals[0][k], finals[1][k]) for k in finals[0])
 
 
 def test_sample_draws_a_grid_in_the_steps_the_checkpoint_knows(quick, tmp_path):
-    assert "9 images, 2 steps" in run("--sample", quick / "cd-2.safetensors", "--n", 9, "--out", tmp_path)
+    assert "9 images, 2 steps" in run(
+        "--sample", quick / "cd-2.safetensors", "--n", 9, "--out", tmp_path
+    )
     assert Image.open(tmp_path / "cd-2-2-steps.png").size == (3 * 98 + 2, 3 * 98 + 2)
     assert "64 steps" in run("--sample", quick / "teacher.safetensors", "--n", 4, "--out", tmp_path)
 
 
 def test_a_given_teacher_and_guidance(quick, tmp_path):
     out = tmp_path / "guided"
-    run(*QUICK.split(), "--teacher", quick / "teacher.safetensors", "--guidance", 2, "--steps", 4, "--x-var", "mse", "--out", out)
+    run(
+        *QUICK.split(),
+        "--teacher",
+        quick / "teacher.safetensors",
+        "--guidance",
+        2,
+        "--steps",
+        4,
+        "--x-var",
+        "mse",
+        "--out",
+        out,
+    )
     results = json.loads((out / "results.json").read_text())
     assert not (out / "teacher.safetensors").exists() and results["seconds"]["teacher"] is None
     assert {r["nfe"] // r["steps"] for r in results["rows"] if r["model"] == "teacher"} == {2}
@@ -219,26 +336,75 @@ def test_where_students_start(quick, tmp_path, init):
     teacher = mcm.load(quick / "teacher.safetensors").network
     torch.manual_seed(0)
     expected = (teacher if init == "teacher" else mcm.UNet(**teacher.arguments)).state_dict()
-    run(*QUICK.split(), "--teacher", quick / "teacher.safetensors", "--steps", 2, "--init", init, "--student-lr", 1e-12, "--out", tmp_path / "run")
-    torch.testing.assert_close(mcm.load(tmp_path / "run" / "cd-2.safetensors").network.state_dict(), expected)
+    run(
+        *QUICK.split(),
+        "--teacher",
+        quick / "teacher.safetensors",
+        "--steps",
+        2,
+        "--init",
+        init,
+        "--student-lr",
+        1e-12,
+        "--out",
+        tmp_path / "run",
+    )
+    torch.testing.assert_close(
+        mcm.load(tmp_path / "run" / "cd-2.safetensors").network.state_dict(), expected
+    )
     assert json.loads((tmp_path / "run" / "results.json").read_text())["settings"]["init"] == init
 
 
 def test_fewer_pixels_and_another_schedule(tmp_path):
     """Digits averaged down to 4x4, with the interpolated cosine schedule that the paper has for ImageNet 64."""
-    run(*QUICK.split(), "--image-size", 4, "--noise-scale", 0.5, 1, "--steps", 2, "--out", tmp_path / "run")
+    run(
+        *QUICK.split(),
+        "--image-size",
+        4,
+        "--noise-scale",
+        0.5,
+        1,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "run",
+    )
     student = mcm.load(tmp_path / "run" / "cd-2.safetensors")
     assert student.network.arguments["image_size"] == 4
-    assert student.schedule == mcm.CosineSchedule.interpolated(4, 2, 4) == mcm.CosineSchedule.interpolated(64, 32, 64)
+    assert (
+        student.schedule
+        == mcm.CosineSchedule.interpolated(4, 2, 4)
+        == mcm.CosineSchedule.interpolated(64, 32, 64)
+    )
 
 
-@pytest.mark.parametrize("data, preset, millions", [("cifar10", "small", 3.8), ("cifar10", "base", 35.5), ("cifar10", "tiny", 1.5), ("imagenet64", "base", 65.2)])
+@pytest.mark.parametrize(
+    "data, preset, millions",
+    [
+        ("cifar10", "small", 3.8),
+        ("cifar10", "base", 35.5),
+        ("cifar10", "tiny", 1.5),
+        ("imagenet64", "base", 65.2),
+    ],
+)
 def test_presets_have_the_size_they_say(data, preset, millions):
     args = run_cifar.parse(["--data", data, "--preset", preset])
     run_cifar.check(args)
     with torch.device("meta"):
-        network = mcm.UNet(args.image_size, 3, args.channels, tuple(args.multipliers), args.blocks, tuple(args.attention), 10 if data == "cifar10" else 1000, args.dropout)
-    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.06) and f"{millions} M" in args.cost
+        network = mcm.UNet(
+            args.image_size,
+            3,
+            args.channels,
+            tuple(args.multipliers),
+            args.blocks,
+            tuple(args.attention),
+            10 if data == "cifar10" else 1000,
+            args.dropout,
+        )
+    assert (
+        sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+        and f"{millions} M" in args.cost
+    )
 
 
 def test_a_folder_of_images(tmp_path):
@@ -248,14 +414,37 @@ def test_a_folder_of_images(tmp_path):
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(place)
     arguments = QUICK.replace("digits", "folder").split()
-    run(*arguments, "--preset", "small", "--data-dir", tmp_path / "pictures", "--image-size", 16, "--steps", 2, "--out", tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["metric"]["n_reference"] == 135
+    run(
+        *arguments,
+        "--preset",
+        "small",
+        "--data-dir",
+        tmp_path / "pictures",
+        "--image-size",
+        16,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "run",
+    )
+    assert (
+        json.loads((tmp_path / "run" / "results.json").read_text())["metric"]["n_reference"] == 135
+    )
     assert mcm.load(tmp_path / "run" / "cd-2.safetensors").network.arguments["classes"] == 2
 
 
 def test_help_reads_like_documentation():
     text = run("--help")
-    for word in ("--data", "--method", "--resume", "default: cifar10", "--data digits --preset long", "--data cifar10 --preset base", "student_iterations", "minutes on 2 CPU cores"):
+    for word in (
+        "--data",
+        "--method",
+        "--resume",
+        "default: cifar10",
+        "--data digits --preset long",
+        "--data cifar10 --preset base",
+        "student_iterations",
+        "minutes on 2 CPU cores",
+    ):
         assert word in text
 
 
@@ -269,14 +458,20 @@ def test_help_reads_like_documentation():
         ("--data digits --preset huge", "no preset 'huge' for digits: choose default, long, tiny"),
         ("--data cifar10 --data-dir nowhere-at-all", "no CIFAR-10 under nowhere-at-all"),
         ("--data folder --data-dir nowhere-at-all", "nowhere-at-all is not a folder"),
-        ("--data imagenet64 --data-dir nowhere-at-all", "no train_data_batch_*.npz in nowhere-at-all"),
+        (
+            "--data imagenet64 --data-dir nowhere-at-all",
+            "no train_data_batch_*.npz in nowhere-at-all",
+        ),
         ("--data digits --multipliers 1 1 1 1 1", "image size 8 is not divisible by 16"),
         ("--data digits --steps 0", "at least 1, not 0"),
         ("--data digits --steps 200", "200 student steps do not fit on a grid of"),
         ("--data digits --steps 4 4", "names a student twice"),
         ("--data digits --student-iterations 5 6", "2 numbers for 4 students"),
         ("--data digits --batch 0", "--batch must be positive"),
-        ("--data digits --image-size 16", "digits has images of 8 pixels, which cannot be averaged down to 16: choose 8, 4 or 2"),
+        (
+            "--data digits --image-size 16",
+            "digits has images of 8 pixels, which cannot be averaged down to 16: choose 8, 4 or 2",
+        ),
         ("--data digits --noise-scale 0 1", "--noise-scale 0.0 1.0 must be positive"),
         ("--data digits --channels -8", "channels must be a positive multiple of 8, not -8"),
         ("--data digits --dropout 2", "dropout 2.0 in [0, 1)"),
@@ -298,13 +493,24 @@ def test_bad_arguments(arguments, says, tmp_path, refused, monkeypatch):
 
 
 def test_the_exit_code_reaches_the_shell():
-    done = subprocess.run([sys.executable, str(ROOT / "run_cifar.py"), "--data", "mnist"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("run_cifar.py: error: unknown data set 'mnist'")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run_cifar.py"), "--data", "mnist"],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and done.stderr.startswith("run_cifar.py: error: unknown data set 'mnist'")
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_that_is_not_there(refused):
-    refused(*QUICK.replace("--device cpu", "--device cuda").split(), says="--device cuda was asked for, but this machine with this build of PyTorch has only cpu")
+    refused(
+        *QUICK.replace("--device cpu", "--device cuda").split(),
+        says="--device cuda was asked for, but this machine with this build of PyTorch has only cpu",
+    )
 
 
 def test_bad_teachers(quick, tmp_path, refused):
@@ -312,25 +518,83 @@ def test_bad_teachers(quick, tmp_path, refused):
     bad.write_bytes((quick / "teacher.safetensors").read_bytes()[:3000])
     refused(*QUICK.split(), "--teacher", bad, "--out", tmp_path / "a", says="truncated")
     torch.save({"w": torch.zeros(1)}, tmp_path / "pickle.pt")
-    refused(*QUICK.split(), "--teacher", tmp_path / "pickle.pt", "--out", tmp_path / "a2", says="pickles")
+    refused(
+        *QUICK.split(),
+        "--teacher",
+        tmp_path / "pickle.pt",
+        "--out",
+        tmp_path / "a2",
+        says="pickles",
+    )
     save_file({"w": torch.zeros(1)}, bad)
-    refused(*QUICK.split(), "--teacher", bad, "--out", tmp_path / "b", says="not a checkpoint written by mcm.save")
-    refused(*QUICK.split(), "--teacher", quick / "teacher.state.safetensors", "--out", tmp_path / "b2", says="a file of ours, but not a model")
-    refused(*QUICK.split(), "--teacher", quick / "cd-1.safetensors", "--out", tmp_path / "c", says="1-step student")
+    refused(
+        *QUICK.split(),
+        "--teacher",
+        bad,
+        "--out",
+        tmp_path / "b",
+        says="not a checkpoint written by mcm.save",
+    )
+    refused(
+        *QUICK.split(),
+        "--teacher",
+        quick / "teacher.state.safetensors",
+        "--out",
+        tmp_path / "b2",
+        says="a file of ours, but not a model",
+    )
+    refused(
+        *QUICK.split(),
+        "--teacher",
+        quick / "cd-1.safetensors",
+        "--out",
+        tmp_path / "c",
+        says="1-step student",
+    )
     mcm.save(bad, mcm.Denoiser(mcm.UNet(16, 3, 16, (1, 1)), mcm.CosineSchedule()))
-    refused(*QUICK.split(), "--teacher", bad, "--out", tmp_path / "d", says="(16, 3, 0), but digits needs (8, 1, 10)")
+    refused(
+        *QUICK.split(),
+        "--teacher",
+        bad,
+        "--out",
+        tmp_path / "d",
+        says="(16, 3, 0), but digits needs (8, 1, 10)",
+    )
 
 
 def test_out_that_cannot_be_used(quick, tmp_path, refused):
-    refused(*QUICK.split(), "--out", quick, says="holds another run's results: go on with it by --resume")
-    refused(*QUICK.split(), "--out", quick, "--resume", "--seed", 3, says="holds a run with seed 0, but now it is seed 3")
-    refused(*QUICK.split(), "--out", quick, "--resume", "--c", 0.5, says="holds a run with c 0.001, but now it is c 0.5")
+    refused(
+        *QUICK.split(),
+        "--out",
+        quick,
+        says="holds another run's results: go on with it by --resume",
+    )
+    refused(
+        *QUICK.split(),
+        "--out",
+        quick,
+        "--resume",
+        "--seed",
+        3,
+        says="holds a run with seed 0, but now it is seed 3",
+    )
+    refused(
+        *QUICK.split(),
+        "--out",
+        quick,
+        "--resume",
+        "--c",
+        0.5,
+        says="holds a run with c 0.001, but now it is c 0.5",
+    )
     (tmp_path / "file").write_text("")
     refused(*QUICK.split(), "--out", tmp_path / "file" / "run", says="cannot be written to")
 
 
 def test_a_network_that_does_not_fit_into_memory(tmp_path, refused):
-    refused(*QUICK.split(), "--channels", 800_000, "--out", tmp_path / "run", says="not enough memory")
+    refused(
+        *QUICK.split(), "--channels", 800_000, "--out", tmp_path / "run", says="not enough memory"
+    )
 
 
 def test_out_of_memory_on_a_gpu_and_errors_of_our_own(capsys):
@@ -350,4 +614,6 @@ def test_out_of_memory_on_a_gpu_and_errors_of_our_own(capsys):
 
 def test_a_diverging_run_says_so(tmp_path, refused):
     arguments = QUICK.replace("--teacher-iterations 6", "--teacher-iterations 60").split()
-    refused(*arguments, "--lr", "1e30", "--out", tmp_path / "run", says="no longer finite, from step")
+    refused(
+        *arguments, "--lr", "1e30", "--out", tmp_path / "run", says="no longer finite, from step"
+    )

@@ -10,7 +10,23 @@ import run_latent
 from mcm import shapes
 from mcm.recipes import RECIPES
 
-QUICK = ["--preset", "tiny", "--vae-iterations", "20", "--teacher-iterations", "12", "--scorer-iterations", "10", "--iterations", "8", "--pictures", "300", "--steps", "1", "4"]
+QUICK = [
+    "--preset",
+    "tiny",
+    "--vae-iterations",
+    "20",
+    "--teacher-iterations",
+    "12",
+    "--scorer-iterations",
+    "10",
+    "--iterations",
+    "8",
+    "--pictures",
+    "300",
+    "--steps",
+    "1",
+    "4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,24 +48,72 @@ def refused(argv, capsys, *words):
 def test_what_a_run_leaves(done):
     out = done / "out"
     results = json.loads((out / "results.json").read_text())
-    for key in ("data", "seed", "device", "hardware", "command", "versions", "metric", "rows", "seconds", "settings"):
+    for key in (
+        "data",
+        "seed",
+        "device",
+        "hardware",
+        "command",
+        "versions",
+        "metric",
+        "rows",
+        "seconds",
+        "settings",
+    ):
         assert key in results, key
-    for key in ("steps", "nfe", "frechet", "precision", "recall", "coverage", "alignment", "reward", "rmse_to_teacher", "seconds_per_image", "model", "sampler"):
+    for key in (
+        "steps",
+        "nfe",
+        "frechet",
+        "precision",
+        "recall",
+        "coverage",
+        "alignment",
+        "reward",
+        "rmse_to_teacher",
+        "seconds_per_image",
+        "model",
+        "sampler",
+    ):
         assert all(key in row for row in results["rows"]), key
-    rows = {(row.get("recipe") or row["model"], row["sampler"], row["steps"]): row for row in results["rows"]}
+    rows = {
+        (row.get("recipe") or row["model"], row["sampler"], row["steps"]): row
+        for row in results["rows"]
+    }
     assert rows["teacher", "ddim", 25]["nfe"] == 50  # a guided step asks the network twice
-    assert rows["undistilled", "renoise", 4]["nfe"] == 4 and rows["undistilled, guided", "renoise", 4]["nfe"] == 8
+    assert (
+        rows["undistilled", "renoise", 4]["nfe"] == 4
+        and rows["undistilled, guided", "renoise", 4]["nfe"] == 8
+    )
     assert rows["teacher", "ddim", 25]["rmse_to_teacher"] == 0
-    assert {k for k in rows if k[0].startswith("m")} == {("mlcm", "renoise", 1), ("mlcm", "renoise", 4), ("mcm-1", "ddim", 1), ("mcm-4", "ddim", 4)}
-    for name in ("results.md", "mlcm.png", "mcm-4.png", "quality_vs_steps.png", "training.png", "mlcm/pytorch_lora_weights.safetensors", "mlcm/scheduler_config.json", "mlcm/README.md"):
+    assert {k for k in rows if k[0].startswith("m")} == {
+        ("mlcm", "renoise", 1),
+        ("mlcm", "renoise", 4),
+        ("mcm-1", "ddim", 1),
+        ("mcm-4", "ddim", 4),
+    }
+    for name in (
+        "results.md",
+        "mlcm.png",
+        "mcm-4.png",
+        "quality_vs_steps.png",
+        "training.png",
+        "mlcm/pytorch_lora_weights.safetensors",
+        "mlcm/scheduler_config.json",
+        "mlcm/README.md",
+    ):
         assert (out / name).stat().st_size > 100, name
     assert str(done) not in (out / "results.json").read_text() + (out / "results.md").read_text()
-    assert json.loads((out / "mcm-4" / "scheduler_config.json").read_text())["timesteps"] == {"4": [999, 749, 499, 249]}
+    assert json.loads((out / "mcm-4" / "scheduler_config.json").read_text())["timesteps"] == {
+        "4": [999, 749, 499, 249]
+    }
 
 
 @pytest.mark.parametrize("name", ["mlcm", "mcm-4"])
 def test_the_model_cards_code_works_when_pasted(done, name, tmp_path, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", (done / "out" / name / "README.md").read_text(), re.S)[1]
+    code = re.search(r"```python\n(.*?)```", (done / "out" / name / "README.md").read_text(), re.S)[
+        1
+    ]
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "card", "exec"), {})
     assert (tmp_path / "image.png").stat().st_size > 100
@@ -60,9 +124,18 @@ def test_resuming_a_finished_run_repeats_nothing(done, monkeypatch):
     for name in ("distil", "train_tiny_sdxl"):
         monkeypatch.setattr(run_latent, name, lambda *a, **k: pytest.fail("done again"))
     sample = run_latent.sample  # only the ten pictures of each student's grid are drawn anew
-    monkeypatch.setattr(run_latent, "sample", lambda *a: sample(*a) if len(a[3]) <= 10 else pytest.fail("done again"))
-    assert run_latent.run([*QUICK, "--recipe", "mlcm", "mcm", "--out", str(done / "out"), "--resume"]) == 0
-    assert [r["frechet"] for r in json.loads(before)["rows"]] == [r["frechet"] for r in json.loads((done / "out" / "results.json").read_text())["rows"]]
+    monkeypatch.setattr(
+        run_latent,
+        "sample",
+        lambda *a: sample(*a) if len(a[3]) <= 10 else pytest.fail("done again"),
+    )
+    assert (
+        run_latent.run([*QUICK, "--recipe", "mlcm", "mcm", "--out", str(done / "out"), "--resume"])
+        == 0
+    )
+    assert [r["frechet"] for r in json.loads(before)["rows"]] == [
+        r["frechet"] for r in json.loads((done / "out" / "results.json").read_text())["rows"]
+    ]
 
 
 def test_another_runs_folder_is_not_overwritten(done, capsys):
@@ -75,11 +148,40 @@ def test_a_pretrained_pipeline_from_prompts_alone(tmp_path):
     """No picture is read: mlcm and tlcm learn from the prompts, on any SDXL pipeline."""
     untrained_pipeline(tmp_path / "words").save_pretrained(tmp_path / "pipe")
     (tmp_path / "prompts.txt").write_text("\n".join(ENGLISH * 3))
-    argv = ["--pretrained", str(tmp_path / "pipe"), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out"), "--rank", "4"]
-    assert run_latent.run([*argv, "--recipe", "mlcm", "tlcm", "--iterations", "8", "--samples", "128", "--steps", "2", "--save-every", "3"]) == 0
+    argv = [
+        "--pretrained",
+        str(tmp_path / "pipe"),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--out",
+        str(tmp_path / "out"),
+        "--rank",
+        "4",
+    ]
+    assert (
+        run_latent.run(
+            [
+                *argv,
+                "--recipe",
+                "mlcm",
+                "tlcm",
+                "--iterations",
+                "8",
+                "--samples",
+                "128",
+                "--steps",
+                "2",
+                "--save-every",
+                "3",
+            ]
+        )
+        == 0
+    )
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {row.get("recipe") for row in results["rows"]} == {None, "mlcm", "tlcm"}
-    assert all(row.get("frechet") is None and row["rmse_to_teacher"] is not None for row in results["rows"])
+    assert all(
+        row.get("frechet") is None and row["rmse_to_teacher"] is not None for row in results["rows"]
+    )
 
 
 def test_a_captioned_folder(tmp_path):
@@ -89,7 +191,19 @@ def test_a_captioned_folder(tmp_path):
         for i, (scene, picture) in enumerate(zip(pool, shapes.draw(pool, 6))):
             save_image(picture.float() / 255, tmp_path / "data" / f"{i}.png")
             listing.write(json.dumps({"file_name": f"{i}.png", "text": scene.caption()}) + "\n")
-    argv = [*QUICK, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--recipe", "scott", "--full", "--guidance-range", "1", "3"]
+    argv = [
+        *QUICK,
+        "--data",
+        str(tmp_path / "data"),
+        "--out",
+        str(tmp_path / "out"),
+        "--recipe",
+        "scott",
+        "--full",
+        "--guidance-range",
+        "1",
+        "3",
+    ]
     assert run_latent.run(argv) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["metric"]["n_generated"] == 130 and "scorer" in results["metric"]["alignment"]
@@ -102,7 +216,10 @@ def test_help_says_how_many_models_a_recipe_makes(capsys):
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     for name, make in RECIPES.items():
         assert re.sub(r"\s+", " ", make(4).summary) in text
-        assert "one model for all step counts" in make(4).summary or "one model per K" in make(4).summary, name
+        assert (
+            "one model for all step counts" in make(4).summary
+            or "one model per K" in make(4).summary
+        ), name
 
 
 def test_bad_input_is_refused_before_any_work(tmp_path, capsys):
@@ -118,12 +235,21 @@ def test_bad_input_is_refused_before_any_work(tmp_path, capsys):
     refused(["--device", "cuda:77", *out], capsys, "cuda:77", "cpu")
     refused(["--prompts", "x.txt", *out], capsys, "--pretrained")
     refused(["--pretrained", "some/model", *out], capsys, "--prompts FILE, or --data DIR")
-    refused(["--pretrained", "some/model", "--prompts", "x", "--recipe", "mlcm", "scott", *out], capsys, "scott learn from images", "mlcm or tlcm")
+    refused(
+        ["--pretrained", "some/model", "--prompts", "x", "--recipe", "mlcm", "scott", *out],
+        capsys,
+        "scott learn from images",
+        "mlcm or tlcm",
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_bad_files(tmp_path, capsys):
-    prompts, data, out = tmp_path / "prompts.txt", tmp_path / "data", ["--out", str(tmp_path / "out")]
+    prompts, data, out = (
+        tmp_path / "prompts.txt",
+        tmp_path / "data",
+        ["--out", str(tmp_path / "out")],
+    )
     given = ["--pretrained", "some/model", "--prompts", str(prompts), *out]
     refused(given, capsys, "cannot be read")
     prompts.write_text("\n \n")
@@ -133,7 +259,9 @@ def test_bad_files(tmp_path, capsys):
     folder = ["--data", str(data), *out]
     refused(folder, capsys, "metadata.jsonl is missing")
     data.mkdir()
-    (data / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a cat"}\n{"file_name": "b.png"}\n')
+    (data / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "a cat"}\n{"file_name": "b.png"}\n'
+    )
     save_image(torch.rand(3, 8, 8), data / "a.png")
     refused(folder, capsys, "line 2", "text")
     (data / "metadata.jsonl").write_text('{"file_name": "a.png", "text": " "}\n')
@@ -147,5 +275,12 @@ def test_bad_files(tmp_path, capsys):
 def test_a_hub_id_without_a_network(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "p.txt").write_text("a cat\n" * 30)
-    argv = ["--pretrained", "nobody/no-such-model", "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")]
+    argv = [
+        "--pretrained",
+        "nobody/no-such-model",
+        "--prompts",
+        str(tmp_path / "p.txt"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     refused(argv, capsys, "pass a folder that holds a saved pipeline")

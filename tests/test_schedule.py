@@ -12,7 +12,11 @@ SCHEDULES = {
     "shifted": mcm.CosineSchedule(shift_low=-1.4, shift_high=-1.4),
     "interpolated": mcm.CosineSchedule.interpolated(128, 32, 128),
     "clipped and interpolated": mcm.CosineSchedule.interpolated(64, 32, 64, clip=20.0),
-    "discrete": mcm.DiscreteSchedule(torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)),
+    "discrete": mcm.DiscreteSchedule(
+        torch.cumprod(
+            1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0
+        )
+    ),
 }
 
 
@@ -25,7 +29,9 @@ def test_edges_norm_and_order(name, dtype):
     assert alpha.dtype == sigma.dtype == dtype and alpha.shape == t.shape
     assert alpha[0] == 1 and sigma[0] == 0  # exactly, also when clipped
     # two roundings of numbers below 1, squared and added
-    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t), rtol=0, atol=8 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(
+        alpha**2 + sigma**2, torch.ones_like(t), rtol=0, atol=8 * torch.finfo(dtype).eps
+    )
     assert (sigma.diff() > 0).all() and (alpha.diff() <= 0).all()
 
 
@@ -48,7 +54,9 @@ def test_log_snr_is_that_of_simple_diffusion():
     mixed = t * (base + 2 * math.log(128 / 128)) + (1 - t) * (base + 2 * math.log(32 / 128))
     torch.testing.assert_close(logsnr(SCHEDULES["interpolated"], t), mixed, rtol=1e-9, atol=1e-9)
     ends = logsnr(SCHEDULES["clipped"], torch.tensor([1e-9, 1.0], dtype=torch.float64))
-    torch.testing.assert_close(ends, torch.tensor([15.0, -15.0], dtype=torch.float64), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        ends, torch.tensor([15.0, -15.0], dtype=torch.float64), rtol=0, atol=1e-4
+    )
 
 
 def test_discrete_schedule_rounds_to_the_index_it_hands_on():
@@ -57,17 +65,25 @@ def test_discrete_schedule_rounds_to_the_index_it_hands_on():
     for jitter in (-0.49, 0.0, 0.49):
         t = ((i + jitter) / n).clamp_max(1.0)
         assert torch.equal(schedule.network_time(t), i - 1)
-        torch.testing.assert_close(schedule(t.double())[0] ** 2, schedule.alphas_cumprod, rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            schedule(t.double())[0] ** 2, schedule.alphas_cumprod, rtol=1e-12, atol=0
+        )
 
 
 def test_only_zero_is_free_of_noise():
     schedule = SCHEDULES["discrete"]
     t = torch.tensor([0.0, 1e-9, 4e-4])
-    assert schedule.network_time(t).tolist() == [0, 0, 0] and (schedule(t)[1] > 0).tolist() == [False, True, True]
+    assert schedule.network_time(t).tolist() == [0, 0, 0] and (schedule(t)[1] > 0).tolist() == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_discrete_schedule_equals_diffusers():
-    reference = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    reference = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
     ours = mcm.DiscreteSchedule(reference.alphas_cumprod)
     noise, x = torch.randn(2, 6, 1, 4, 4)
     index = torch.tensor([0, 10, 400, 700, 998, 999])
@@ -76,7 +92,16 @@ def test_discrete_schedule_equals_diffusers():
     torch.testing.assert_close(z, reference.add_noise(x, noise, index), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("bad", [torch.tensor([0.5, 0.6]), torch.ones(2, 2), torch.tensor([1.5, 0.5]), torch.tensor([1.0, 0.5]), torch.tensor([])])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.tensor([0.5, 0.6]),
+        torch.ones(2, 2),
+        torch.tensor([1.5, 0.5]),
+        torch.tensor([1.0, 0.5]),
+        torch.tensor([]),
+    ],
+)
 def test_bad_tables_are_refused(bad):
     with pytest.raises(mcm.InputError):
         mcm.DiscreteSchedule(bad)

@@ -13,7 +13,12 @@ from mcm.training import Training
 @pytest.fixture(scope="module")
 def scorer(tmp_path_factory):
     captions, pictures = drawn()
-    return train_scorer(pictures, captions, Training(80, 64, lr=2e-3), tmp_path_factory.mktemp("scorer") / "s.safetensors")
+    return train_scorer(
+        pictures,
+        captions,
+        Training(80, 64, lr=2e-3),
+        tmp_path_factory.mktemp("scorer") / "s.safetensors",
+    )
 
 
 def test_it_learns_which_caption_belongs_to_a_picture(scorer):
@@ -21,7 +26,9 @@ def test_it_learns_which_caption_belongs_to_a_picture(scorer):
     x = to_float(pictures[:64])
     right = scorer(x, captions[:64])
     assert (right > scorer(x, captions[1:65])).double().mean() > 0.85
-    assert torch.allclose(right, scorer.logits(scorer.features(x), captions[:64]).diagonal(), atol=1e-4)
+    assert torch.allclose(
+        right, scorer.logits(scorer.features(x), captions[:64]).diagonal(), atol=1e-4
+    )
 
 
 def test_it_is_differentiable_in_the_picture_and_takes_any_size_and_script(scorer):
@@ -29,7 +36,9 @@ def test_it_is_differentiable_in_the_picture_and_takes_any_size_and_script(score
     scorer(x, ["大红圆", "", "a red circle " * 30]).sum().backward()
     assert x.grad.abs().max() > 0
     described = Scorer().describe(["红圆", "圆红", "a b", "b a"])
-    assert not torch.allclose(described[0], described[1]) and not torch.allclose(described[2], described[3])
+    assert not torch.allclose(described[0], described[1]) and not torch.allclose(
+        described[2], described[3]
+    )
 
 
 def test_a_trained_scorer_is_kept_and_a_run_cut_short_goes_on(tmp_path, monkeypatch):
@@ -57,9 +66,26 @@ def test_a_trained_scorer_is_kept_and_a_run_cut_short_goes_on(tmp_path, monkeypa
 def test_clip_through_transformers(tmp_path):
     """With a model of tiny size and no training: 100 times the cosine of the two embeddings."""
     pipe = untrained_pipeline(tmp_path / "words")
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, projection_dim=16)
-    text = CLIPTextConfig(vocab_size=len(pipe.tokenizer), max_position_embeddings=77, eos_token_id=pipe.tokenizer.eos_token_id, **sizes)
-    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=CLIPVisionConfig(image_size=32, patch_size=8, **sizes).to_dict(), projection_dim=16))
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=16,
+    )
+    text = CLIPTextConfig(
+        vocab_size=len(pipe.tokenizer),
+        max_position_embeddings=77,
+        eos_token_id=pipe.tokenizer.eos_token_id,
+        **sizes,
+    )
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=text.to_dict(),
+            vision_config=CLIPVisionConfig(image_size=32, patch_size=8, **sizes).to_dict(),
+            projection_dim=16,
+        )
+    )
     model.save_pretrained(tmp_path / "clip")
     pipe.tokenizer.save_pretrained(tmp_path / "clip")
     reward = CLIPReward(str(tmp_path / "clip"), torch.device("cpu"))
@@ -84,9 +110,14 @@ def test_principal_components_see_what_is_blurred():
     latents = (torch.randn(2000, 20) @ basis).reshape(-1, 4, 8, 8)
     features = metrics.principal_components(latents, 16)
     real = features(latents)
-    assert torch.allclose(real.std(0), torch.ones(16, dtype=torch.float64), atol=0.01) and real.mean(0).abs().max() < 1e-6
+    assert (
+        torch.allclose(real.std(0), torch.ones(16, dtype=torch.float64), atol=0.01)
+        and real.mean(0).abs().max() < 1e-6
+    )
     other = features((torch.randn(2000, 20) @ basis).reshape(-1, 4, 8, 8))
     blurred = features(0.7 * latents)
     assert metrics.frechet(real, other) < 0.1 < 1 < metrics.frechet(real, blurred)
     assert features(torch.randn(3, 4, 8, 8)).shape == (3, 16)
-    assert metrics.principal_components(torch.randn(40, 4, 16, 16))(torch.randn(2, 4, 16, 16)).shape == (2, 16)
+    assert metrics.principal_components(torch.randn(40, 4, 16, 16))(
+        torch.randn(2, 4, 16, 16)
+    ).shape == (2, 16)

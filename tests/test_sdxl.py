@@ -20,11 +20,19 @@ from mcm.scheduler import MCMScheduler
 from mcm.sdxl import LORA_FILE, MODULES, SDXL, active, load_pipeline, noise_schedule, unconditional
 
 SDXL_BASE = dict(
-    sample_size=128, block_out_channels=(320, 640, 1280), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=2, transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time",
-    addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-)  # fmt: skip
+    sample_size=128,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=2,
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +64,12 @@ def ask(sdxl, name=None, prompts=ENGLISH[:3]):
 def test_lora_parameter_counts_at_the_size_of_sdxl():
     with torch.device("meta"):
         pipe = type("Pipe", (), {})()
-        pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2 = UNet2DConditionModel(**SDXL_BASE), None, None, None
+        pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2 = (
+            UNet2DConditionModel(**SDXL_BASE),
+            None,
+            None,
+            None,
+        )
     pipe.scheduler = diffusers.DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear")
     assert sum(p.numel() for p in pipe.unet.parameters()) == 2_567_463_684
     weights = SDXL(pipe, rank=64).add("student")
@@ -69,8 +82,17 @@ def test_the_denoiser_is_the_pipelines_own_unet(sdxl):
     cond, z = sdxl.encode(ENGLISH[:1]), torch.randn(1, 4, 8, 8)
     for t, index in ((1.0, 999), (0.25, 249), (0.001, 0)):
         with torch.no_grad():
-            eps = sdxl.unet(z, index, cond.states, added_cond_kwargs={"text_embeds": cond.pooled, "time_ids": cond.time_ids}).sample
-            theirs = sdxl.pipe.scheduler.step(eps, index, z).pred_original_sample if sdxl.pipe.scheduler.set_timesteps(1000) is None else None
+            eps = sdxl.unet(
+                z,
+                index,
+                cond.states,
+                added_cond_kwargs={"text_embeds": cond.pooled, "time_ids": cond.time_ids},
+            ).sample
+            theirs = (
+                sdxl.pipe.scheduler.step(eps, index, z).pred_original_sample
+                if sdxl.pipe.scheduler.set_timesteps(1000) is None
+                else None
+            )
         ours = sdxl.denoiser()(z, torch.tensor([t], dtype=torch.float64), cond)
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
@@ -78,16 +100,25 @@ def test_the_denoiser_is_the_pipelines_own_unet(sdxl):
 def test_guided_sampling_is_the_stock_pipeline(sdxl):
     """mcm.guided's w is diffusers' guidance_scale; the unconditional branch is zeros with the same time ids."""
     z = torch.randn(2, 4, 8, 8)
-    theirs = sdxl.pipe(ENGLISH[:2], num_inference_steps=5, guidance_scale=3.0, latents=z, output_type="latent").images
+    theirs = sdxl.pipe(
+        ENGLISH[:2], num_inference_steps=5, guidance_scale=3.0, latents=z, output_type="latent"
+    ).images
     model = mcm.guided(sdxl.denoiser(), 3.0, unconditional)
     ours = mcm.sample(model, z, 5, sdxl.encode(ENGLISH[:2]))
     # diffusers' last step stops at index 0, whose noise level is not quite 0
     assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
-    assert (ours - mcm.sample(sdxl.denoiser(), z, 5, sdxl.encode(ENGLISH[:2]))).abs().max() > 0.01 * theirs.abs().max()
+    assert (
+        ours - mcm.sample(sdxl.denoiser(), z, 5, sdxl.encode(ENGLISH[:2]))
+    ).abs().max() > 0.01 * theirs.abs().max()
     one = mcm.guided(sdxl.denoiser(), 1.0, unconditional)
     t = torch.full((2,), 0.6, dtype=torch.float64)
-    guided, plain = one(z, t, sdxl.encode(ENGLISH[:2])), sdxl.denoiser()(z, t, sdxl.encode(ENGLISH[:2]))
-    assert (guided - plain).abs().max() < 1e-5 * plain.abs().max()  # a batch twice as large rounds differently
+    guided, plain = (
+        one(z, t, sdxl.encode(ENGLISH[:2])),
+        sdxl.denoiser()(z, t, sdxl.encode(ENGLISH[:2])),
+    )
+    assert (
+        guided - plain
+    ).abs().max() < 1e-5 * plain.abs().max()  # a batch twice as large rounds differently
 
 
 def test_a_lora_that_is_off_leaves_the_teacher_exactly_as_it_was(sdxl):
@@ -121,7 +152,11 @@ def gradients(sdxl, order):
 def test_checkpointing_gives_the_same_gradients_whatever_lora_is_on_in_the_backward_pass(saved):
     found = []
     for checkpointing in (False, True):
-        here = SDXL(load_pipeline(str(saved), torch.float32, torch.device("cpu")), rank=4, checkpointing=checkpointing)
+        here = SDXL(
+            load_pipeline(str(saved), torch.float32, torch.device("cpu")),
+            rank=4,
+            checkpointing=checkpointing,
+        )
         here.unet.train()
         torch.manual_seed(1)
         perturb(here.add("student"))
@@ -136,15 +171,25 @@ def test_checkpointing_gives_the_same_gradients_whatever_lora_is_on_in_the_backw
 
 def test_full_fine_tuning_tells_the_student_its_guidance(sdxl):
     sdxl.add("student", full=True, guidance_input=True)
-    cond, z, t = sdxl.encode(ENGLISH[:2]), torch.randn(2, 4, 8, 8), torch.full((2,), 0.5, dtype=torch.float64)
+    cond, z, t = (
+        sdxl.encode(ENGLISH[:2]),
+        torch.randn(2, 4, 8, 8),
+        torch.full((2,), 0.5, dtype=torch.float64),
+    )
     low, high = (cond._replace(omega=torch.full((2,), w)) for w in (1.0, 7.0))
     student = sdxl.denoiser("student")
-    assert torch.equal(student(z, t, low), sdxl.denoiser()(z, t, cond))  # the new input starts at zero
+    assert torch.equal(
+        student(z, t, low), sdxl.denoiser()(z, t, cond)
+    )  # the new input starts at zero
     torch.nn.init.normal_(sdxl.unets["student"].time_embedding.cond_proj.weight)
     assert not torch.allclose(student(z, t, low), student(z, t, high))
-    theirs = sdxl.pipe.get_guidance_scale_embedding(torch.tensor([6.0]), 256)  # the pipeline is given w - 1
+    theirs = sdxl.pipe.get_guidance_scale_embedding(
+        torch.tensor([6.0]), 256
+    )  # the pipeline is given w - 1
     seen = []
-    sdxl.unets["student"].time_embedding.register_forward_hook(lambda m, args, out: seen.append(args[1]))
+    sdxl.unets["student"].time_embedding.register_forward_hook(
+        lambda m, args, out: seen.append(args[1])
+    )
     student(z, t, cond._replace(omega=torch.tensor([6.0, 6.0])))
     assert torch.allclose(seen[0][0], theirs[0], atol=2e-3)  # sines of 6,000 in float32
     with pytest.raises(mcm.InputError, match="omega"):
@@ -154,10 +199,16 @@ def test_full_fine_tuning_tells_the_student_its_guidance(sdxl):
 def test_text_is_encoded_as_the_pipeline_does(sdxl):
     cond = sdxl.encode([ENGLISH[1], ENGLISH[0], ENGLISH[1]])
     states, _, pooled, _ = sdxl.pipe.encode_prompt([ENGLISH[1]], do_classifier_free_guidance=False)
-    assert torch.allclose(cond.states[2], states[0], atol=1e-5) and torch.allclose(cond.pooled[0], pooled[0], atol=1e-5)
+    assert torch.allclose(cond.states[2], states[0], atol=1e-5) and torch.allclose(
+        cond.pooled[0], pooled[0], atol=1e-5
+    )
     assert cond.time_ids[0].tolist() == [32, 32, 0, 0, 32, 32]
     null = unconditional(cond)
-    assert not null.states.any() and not null.pooled.any() and torch.equal(null.time_ids, cond.time_ids)
+    assert (
+        not null.states.any()
+        and not null.pooled.any()
+        and torch.equal(null.time_ids, cond.time_ids)
+    )
 
 
 def test_images_to_latents_and_back_use_the_vaes_scale(sdxl):
@@ -165,7 +216,9 @@ def test_images_to_latents_and_back_use_the_vaes_scale(sdxl):
     latents = sdxl.to_latents(images)
     theirs = sdxl.pipe.vae.encode(images.float() / 127.5 - 1).latent_dist.mean * 0.5
     assert torch.allclose(latents, theirs, atol=1e-5)
-    assert torch.allclose(sdxl.to_images(latents), sdxl.pipe.vae.decode(latents / 0.5).sample, atol=1e-5)
+    assert torch.allclose(
+        sdxl.to_images(latents), sdxl.pipe.vae.decode(latents / 0.5).sample, atol=1e-5
+    )
 
 
 # --- saving, and loading in stock diffusers --------------------------------------------------------------------------------------
@@ -182,16 +235,28 @@ def test_a_saved_lora_gives_the_same_image_in_stock_diffusers(saved, tmp_path, a
 
     stock = StableDiffusionXLPipeline.from_pretrained(saved)
     stock.set_progress_bar_config(disable=True)
-    base = stock(ENGLISH[:2], num_inference_steps=4, guidance_scale=0, latents=z, output_type="latent").images
+    base = stock(
+        ENGLISH[:2], num_inference_steps=4, guidance_scale=0, latents=z, output_type="latent"
+    ).images
     stock.load_lora_weights(tmp_path)
     stock.scheduler = MCMScheduler.from_pretrained(tmp_path)
-    theirs = stock(ENGLISH[:2], num_inference_steps=4, guidance_scale=0, latents=z, output_type="latent").images
-    mine = mcm.sample(ours.denoiser("student"), z, cond=ours.encode(ENGLISH[:2]), times=mcm.sampling.milestones(4), solver=mcm.ddim)
+    theirs = stock(
+        ENGLISH[:2], num_inference_steps=4, guidance_scale=0, latents=z, output_type="latent"
+    ).images
+    mine = mcm.sample(
+        ours.denoiser("student"),
+        z,
+        cond=ours.encode(ENGLISH[:2]),
+        times=mcm.sampling.milestones(4),
+        solver=mcm.ddim,
+    )
     assert (theirs - mine).abs().max() < 1e-5 * mine.abs().max().clamp_min(1)
     assert (theirs - base).abs().max() > 1e-2
     stock.unload_lora_weights()
     stock.scheduler = ours.pipe.scheduler
-    again = stock(ENGLISH[:2], num_inference_steps=4, guidance_scale=0, latents=z, output_type="latent").images
+    again = stock(
+        ENGLISH[:2], num_inference_steps=4, guidance_scale=0, latents=z, output_type="latent"
+    ).images
     assert torch.equal(again, base)
 
 
@@ -204,9 +269,22 @@ def test_eta_1_in_the_stock_pipeline_is_our_re_noised_sampling(saved):
     z, noise = torch.randn(2, 2, 4, 8, 8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mcm.scheduler.randn_tensor", lambda *a, **k: noise)
-        theirs = pipe(ENGLISH[:2], num_inference_steps=3, guidance_scale=0, eta=1.0, latents=z, output_type="latent").images
+        theirs = pipe(
+            ENGLISH[:2],
+            num_inference_steps=3,
+            guidance_scale=0,
+            eta=1.0,
+            latents=z,
+            output_type="latent",
+        ).images
         patch.setattr(torch, "randn", lambda *a, **k: noise)
-        mine = mcm.sample(ours.denoiser(), z, cond=ours.encode(ENGLISH[:2]), times=mcm.sampling.milestones(3), solver=mcm.renoise)
+        mine = mcm.sample(
+            ours.denoiser(),
+            z,
+            cond=ours.encode(ENGLISH[:2]),
+            times=mcm.sampling.milestones(3),
+            solver=mcm.renoise,
+        )
     assert (theirs - mine).abs().max() < 1e-4 * mine.abs().max().clamp_min(1)
 
 
@@ -215,7 +293,9 @@ def test_a_full_copy_after_a_critic_is_a_clean_unet(sdxl, tmp_path):
     sdxl.add("critic"), sdxl.remove("critic"), sdxl.add("fake")
     sdxl.add("student", full=True)
     sdxl.save(tmp_path, "student")
-    again, missing = UNet2DConditionModel.from_pretrained(tmp_path / "unet", output_loading_info=True)
+    again, missing = UNet2DConditionModel.from_pretrained(
+        tmp_path / "unet", output_loading_info=True
+    )
     assert not missing["missing_keys"] and not missing["unexpected_keys"]
     sdxl.remove("fake")
     for a, b in zip(again.parameters(), sdxl.unets["student"].parameters()):
@@ -237,11 +317,16 @@ def test_a_saved_lora_comes_back(sdxl, saved, tmp_path):
 def test_files_that_stock_diffusers_would_load_in_part_are_refused(sdxl, tmp_path):
     perturb(sdxl.add("student"))
     sdxl.save(tmp_path, "student")
-    raw = {f"base_model.model.{k}": v.contiguous() for k, v in get_peft_model_state_dict(sdxl.unet, adapter_name="student").items()}
+    raw = {
+        f"base_model.model.{k}": v.contiguous()
+        for k, v in get_peft_model_state_dict(sdxl.unet, adapter_name="student").items()
+    }
     save_file(raw, tmp_path / LORA_FILE)
     with pytest.raises(mcm.InputError, match="raw PEFT file"):
         sdxl.load("average", tmp_path)
-    mixed = diffusers.utils.convert_state_dict_to_diffusers(get_peft_model_state_dict(sdxl.unet, adapter_name="student"))
+    mixed = diffusers.utils.convert_state_dict_to_diffusers(
+        get_peft_model_state_dict(sdxl.unet, adapter_name="student")
+    )
     save_file({f"unet.{k}": v.contiguous() for k, v in mixed.items()}, tmp_path / LORA_FILE)
     with pytest.raises(mcm.InputError, match="mixes two naming schemes"):
         sdxl.load("average", tmp_path)
@@ -279,8 +364,12 @@ def test_image_to_image_starts_from_the_noise_level_that_strength_asks_for(saved
     pipe.scheduler = MCMScheduler.like(pipe.scheduler)
     seen, image = [], torch.rand(1, 3, 32, 32)
     step = pipe.scheduler.step
-    pipe.scheduler.step = lambda output, timestep, sample, **k: seen.append(int(timestep)) or step(output, timestep, sample, **k)
-    run = dict(image=image, num_inference_steps=4, guidance_scale=0, output_type="pt", prompt=ENGLISH[0])
+    pipe.scheduler.step = lambda output, timestep, sample, **k: (
+        seen.append(int(timestep)) or step(output, timestep, sample, **k)
+    )
+    run = dict(
+        image=image, num_inference_steps=4, guidance_scale=0, output_type="pt", prompt=ENGLISH[0]
+    )
     plain = pipe(**run, strength=0.5, generator=torch.manual_seed(0)).images
     assert seen == [499, 124]
     pipe.load_lora_weights(tmp_path)
@@ -296,27 +385,45 @@ def test_controlnet(saved, tmp_path):
     control = ControlNetModel.from_unet(base.unet, conditioning_channels=3)
     for layer in control.controlnet_down_blocks:
         torch.nn.init.normal_(layer.weight)
-    control.controlnet_cond_embedding = torch.nn.Conv2d(3, base.unet.config.block_out_channels[0], 4, stride=4)  # diffusers' own halves three times, for VAEs of factor 8
+    control.controlnet_cond_embedding = torch.nn.Conv2d(
+        3, base.unet.config.block_out_channels[0], 4, stride=4
+    )  # diffusers' own halves three times, for VAEs of factor 8
     pipe = StableDiffusionXLControlNetPipeline(**base.components, controlnet=control)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = MCMScheduler.like(pipe.scheduler)
     pipe.load_lora_weights(tmp_path)
-    run = dict(prompt=ENGLISH[0], num_inference_steps=4, guidance_scale=0.0, output_type="latent", height=32, width=32)
-    one, two = (pipe(**run, image=torch.full((1, 3, 32, 32), v), generator=torch.manual_seed(0)).images for v in (0.0, 1.0))
+    run = dict(
+        prompt=ENGLISH[0],
+        num_inference_steps=4,
+        guidance_scale=0.0,
+        output_type="latent",
+        height=32,
+        width=32,
+    )
+    one, two = (
+        pipe(**run, image=torch.full((1, 3, 32, 32), v), generator=torch.manual_seed(0)).images
+        for v in (0.0, 1.0)
+    )
     assert one.isfinite().all() and not torch.allclose(one, two)
     pipe.unload_lora_weights()
-    assert not torch.allclose(one, pipe(**run, image=torch.zeros(1, 3, 32, 32), generator=torch.manual_seed(0)).images)
+    assert not torch.allclose(
+        one, pipe(**run, image=torch.zeros(1, 3, 32, 32), generator=torch.manual_seed(0)).images
+    )
 
 
 def test_a_pipeline_of_another_language_and_other_widths(tmp_path):
     pipe = untrained_pipeline(tmp_path / "words", CHINESE, width=48)
     pipe.save_pretrained(tmp_path / "pipe")
-    ours = student_of(load_pipeline(str(tmp_path / "pipe"), torch.float32, torch.device("cpu")), tmp_path)
+    ours = student_of(
+        load_pipeline(str(tmp_path / "pipe"), torch.float32, torch.device("cpu")), tmp_path
+    )
     cond = ours.encode(CHINESE)
     assert cond.states.shape[-1] == 96 and not torch.allclose(cond.pooled[0], cond.pooled[1])
     stage = mcm.Stage(8, (1000, 1000), skip=20, x_var=None, z_from="teacher")
     teacher = mcm.guided(ours.denoiser(), 2.0, unconditional)
-    loss = mcm.consistency_loss(ours.denoiser("student"), None, cond, stage, teacher=teacher, noise=torch.randn(4, 4, 8, 8)).loss
+    loss = mcm.consistency_loss(
+        ours.denoiser("student"), None, cond, stage, teacher=teacher, noise=torch.randn(4, 4, 8, 8)
+    ).loss
     loss.backward()
     assert loss.isfinite() and any(p.grad.abs().max() > 0 for p in ours.weights("student").values())
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "pipe")
@@ -330,10 +437,14 @@ def test_a_pipeline_of_another_language_and_other_widths(tmp_path):
 
 
 def test_other_schedules_and_prediction_types(saved):
-    v = diffusers.DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", prediction_type="v_prediction")
+    v = diffusers.DDIMScheduler(
+        1000, 0.00085, 0.012, "scaled_linear", prediction_type="v_prediction"
+    )
     schedule, prediction = noise_schedule(v)
     assert prediction == "v" and torch.allclose(schedule.alphas_cumprod.float(), v.alphas_cumprod)
-    with pytest.raises(mcm.InputError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
+    with pytest.raises(
+        mcm.InputError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"
+    ):
         noise_schedule(diffusers.FlowMatchEulerDiscreteScheduler())
 
 
@@ -345,15 +456,31 @@ def test_rank_larger_than_a_layer(saved):
 def test_files_of_half_precision_load_in_the_precision_asked_for(saved, tmp_path):
     load_pipeline(str(saved), torch.float16, torch.device("cpu")).save_pretrained(tmp_path)
     pipe = load_pipeline(str(tmp_path), torch.float32, torch.device("cpu"))
-    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)} == {torch.float32}
+    assert {
+        part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+    } == {torch.float32}
 
 
 def test_not_an_sdxl_pipeline(saved, tmp_path):
     cpu = torch.device("cpu")
     with pytest.raises(mcm.InputError, match="no model_index.json"):
         load_pipeline(str(tmp_path), torch.float32, cpu)
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", "unet": 0, "vae": 0, "text_encoder": 0, "tokenizer": 0, "scheduler": 0}))
-    with pytest.raises(mcm.InputError, match="StableDiffusionPipeline, not an SDXL pipeline: it has no text_encoder_2, tokenizer_2"):
+    (tmp_path / "model_index.json").write_text(
+        json.dumps(
+            {
+                "_class_name": "StableDiffusionPipeline",
+                "unet": 0,
+                "vae": 0,
+                "text_encoder": 0,
+                "tokenizer": 0,
+                "scheduler": 0,
+            }
+        )
+    )
+    with pytest.raises(
+        mcm.InputError,
+        match="StableDiffusionPipeline, not an SDXL pipeline: it has no text_encoder_2, tokenizer_2",
+    ):
         load_pipeline(str(tmp_path), torch.float32, cpu)
     shutil.copytree(saved, tmp_path / "broken")
     (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x")

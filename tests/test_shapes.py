@@ -15,7 +15,14 @@ def some(n=300):
 def test_every_scene_has_a_caption_of_its_own_and_none_hides_an_object():
     everything = shapes.scenes()
     assert len(everything) == len({s.caption() for s in everything}) == 9180
-    assert shapes.Scene((shapes.Object("small", "red", "circle"), shapes.Object("large", "blue", "square")), "above", "black") in everything
+    assert (
+        shapes.Scene(
+            (shapes.Object("small", "red", "circle"), shapes.Object("large", "blue", "square")),
+            "above",
+            "black",
+        )
+        in everything
+    )
     assert all(s.background not in {o.colour for o in s.objects} for s in everything)
 
 
@@ -37,9 +44,16 @@ def test_the_reader_is_wrong_on_every_other_caption():
     pool, pictures = some()
     assert shapes.alignment(pictures, pool[1:] + pool[:1]).sum() <= 2
     for change in ({"size": "x"}, {"colour": "x"}, {"shape": "x"}):
-        other = [dataclasses.replace(s, objects=(dataclasses.replace(s.objects[0], **change), *s.objects[1:])) for s in pool]
+        other = [
+            dataclasses.replace(
+                s, objects=(dataclasses.replace(s.objects[0], **change), *s.objects[1:])
+            )
+            for s in pool
+        ]
         assert not shapes.alignment(pictures, other).any()
-    assert not shapes.alignment(pictures, [dataclasses.replace(s, relation="x") for s in pool]).any()
+    assert not shapes.alignment(
+        pictures, [dataclasses.replace(s, relation="x") for s in pool]
+    ).any()
 
 
 def test_the_reader_takes_no_doubtful_colour_shape_or_speck():
@@ -64,8 +78,12 @@ def test_the_reader_takes_no_doubtful_colour_shape_or_speck():
 
 def test_the_order_in_which_two_objects_are_found_does_not_matter():
     a, b = shapes.Object("small", "red", "circle"), shapes.Object("large", "blue", "square")
-    assert shapes.agrees(shapes.Scene((a, b), "above", "black"), shapes.Scene((b, a), "below", "black"))
-    assert not shapes.agrees(shapes.Scene((a, b), "above", "black"), shapes.Scene((b, a), "above", "black"))
+    assert shapes.agrees(
+        shapes.Scene((a, b), "above", "black"), shapes.Scene((b, a), "below", "black")
+    )
+    assert not shapes.agrees(
+        shapes.Scene((a, b), "above", "black"), shapes.Scene((b, a), "above", "black")
+    )
     assert shapes.agrees(shapes.Scene((a,), None, "white"), shapes.Scene((a,), None, "anything"))
 
 

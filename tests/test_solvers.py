@@ -54,7 +54,9 @@ def test_ddim_keeps_the_noise_it_sees():
 
 def test_addim_without_variance_is_ddim():
     x, z, t, s = drawn((5, 3, 8, 8))
-    assert torch.equal(mcm.addim(x, z, t, s, COSINE, torch.zeros_like(t)), mcm.ddim(x, z, t, s, COSINE))
+    assert torch.equal(
+        mcm.addim(x, z, t, s, COSINE, torch.zeros_like(t)), mcm.ddim(x, z, t, s, COSINE)
+    )
 
 
 def test_addim_is_equation_14_sample_by_sample():
@@ -67,28 +69,44 @@ def test_addim_is_equation_14_sample_by_sample():
         (alpha_t, sigma_t), (alpha_s, sigma_s) = COSINE(t[b]), COSINE(s[b])
         eps = (z[b] - alpha_t * x[b]) / sigma_t
         z_var = (alpha_s - alpha_t * sigma_s / sigma_t) ** 2 * x_var[b]
-        expected = alpha_s * x[b] + torch.sqrt(sigma_s**2 + eps.numel() / eps.norm() ** 2 * z_var) * eps
+        expected = (
+            alpha_s * x[b] + torch.sqrt(sigma_s**2 + eps.numel() / eps.norm() ** 2 * z_var) * eps
+        )
         if s[b] > 0:
             torch.testing.assert_close(ours[b], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_addim_restores_the_expected_norm():
     """If x ~ N(x_hat, x_var) given z_t, the true z_s has mean square |ddim|^2 + z_var; aDDIM has it when x_hat and eps_hat are orthogonal."""
-    t, s, x_var = torch.tensor([0.8]).double(), torch.tensor([0.5]).double(), torch.tensor([0.3]).double()
+    t, s, x_var = (
+        torch.tensor([0.8]).double(),
+        torch.tensor([0.5]).double(),
+        torch.tensor([0.3]).double(),
+    )
     x, z = torch.randn(2, 1, 4096, dtype=torch.float64)
     alpha_t, sigma_t = COSINE(t)
     eps = z - (z * x).sum() / (x * x).sum() * x  # orthogonal to x
     z = alpha_t * x + sigma_t * eps
     (alpha_s, sigma_s), z_s = COSINE(s), mcm.addim(x, z, t, s, COSINE, x_var)
     z_var = (alpha_s - alpha_t * sigma_s / sigma_t) ** 2 * x_var
-    torch.testing.assert_close(z_s.square().mean(1), mcm.ddim(x, z, t, s, COSINE).square().mean(1) + z_var, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        z_s.square().mean(1),
+        mcm.ddim(x, z, t, s, COSINE).square().mean(1) + z_var,
+        rtol=1e-12,
+        atol=0,
+    )
 
 
 def test_addim_default_variance_is_the_prior_of_the_paper():
     x, z, t, s = drawn((5, 3, 4, 4))
     alpha, sigma = COSINE(t)
     snr = (alpha / sigma) ** 2
-    torch.testing.assert_close(mcm.addim(x, z, t, s, COSINE), mcm.addim(x, z, t, s, COSINE, 0.1 / (2 + snr)), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        mcm.addim(x, z, t, s, COSINE),
+        mcm.addim(x, z, t, s, COSINE, 0.1 / (2 + snr)),
+        rtol=1e-12,
+        atol=1e-12,
+    )
 
 
 def test_addim_approaches_ddim_quadratically():
@@ -100,11 +118,15 @@ def test_addim_approaches_ddim_quadratically():
         difference = mcm.addim(x, z, s + h, s, COSINE, x_var) - mcm.ddim(x, z, s + h, s, COSINE)
         gaps.append(difference.flatten(1).norm(dim=1))
     for larger, smaller in zip(gaps, gaps[1:]):
-        assert ((larger / smaller - 4).abs() < 0.15).all()  # the next order is h times smaller: a few percent at h = 1e-2
+        assert (
+            (larger / smaller - 4).abs() < 0.15
+        ).all()  # the next order is h times smaller: a few percent at h = 1e-2
 
 
 def test_ddim_equals_diffusers():
-    reference = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing", steps_offset=0)
+    reference = diffusers.DDIMScheduler(
+        clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing", steps_offset=0
+    )
     schedule = mcm.DiscreteSchedule(reference.alphas_cumprod)
     z, eps = torch.randn(2, 1, 3, 8, 8)
     for steps in (1, 4, 10, 50):
@@ -116,10 +138,14 @@ def test_ddim_equals_diffusers():
             x_hat = (z - column(sigma, z) * eps) / column(alpha, z)
             expected = reference.step(eps, index, z).prev_sample
             # x_hat is up to 1 / alpha_1 = 160 times z in this schedule; a few float32 roundings of that
-            torch.testing.assert_close(mcm.ddim(x_hat, z, t, s, schedule), expected, rtol=2e-6, atol=2e-5)
+            torch.testing.assert_close(
+                mcm.ddim(x_hat, z, t, s, schedule), expected, rtol=2e-6, atol=2e-5
+            )
 
 
-SDXL = mcm.DiscreteSchedule(torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0))
+SDXL = mcm.DiscreteSchedule(
+    torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+)
 MADE = [COSINE, SDXL]
 
 
@@ -127,23 +153,40 @@ MADE = [COSINE, SDXL]
 @pytest.mark.parametrize("noise_scale", ["ode", 0.0])
 def test_er_sde_without_noise_is_ddim(schedule, noise_scale):
     x, z, t, s = drawn((9, 3))
-    assert torch.allclose(mcm.er_sde(x, z, t, s, schedule, noise_scale=noise_scale), mcm.ddim(x, z, t, s, schedule), rtol=0, atol=1e-12)
+    assert torch.allclose(
+        mcm.er_sde(x, z, t, s, schedule, noise_scale=noise_scale),
+        mcm.ddim(x, z, t, s, schedule),
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_er_sde_with_a_number_is_diffusers_ddim_with_that_eta(eta):
-    scheduler = diffusers.DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
+    scheduler = diffusers.DDIMScheduler(
+        1000,
+        0.00085,
+        0.012,
+        "scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        timestep_spacing="trailing",
+    )
     scheduler.set_timesteps(8)
     x, z, noise = torch.randn(3, 5, 4, 2, 2, dtype=torch.float64)
     alphas, schedule = scheduler.alphas_cumprod, mcm.DiscreteSchedule(scheduler.alphas_cumprod)
     for index, following in zip(scheduler.timesteps[:-1], scheduler.timesteps[1:]):
         eps = (z - alphas[index].double().sqrt() * x) / (1 - alphas[index].double()).sqrt()
         theirs = scheduler.step(eps, index, z, eta=eta, variance_noise=noise).prev_sample
-        t, s = (torch.full((5,), (i.item() + 1) / 1000, dtype=torch.float64) for i in (index, following))
+        t, s = (
+            torch.full((5,), (i.item() + 1) / 1000, dtype=torch.float64) for i in (index, following)
+        )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "randn", lambda *a, **k: noise)
             ours = mcm.er_sde(x, z, t, s, schedule, noise_scale=eta)
-        assert torch.allclose(ours, theirs, atol=2e-6)  # diffusers keeps its coefficients in float32
+        assert torch.allclose(
+            ours, theirs, atol=2e-6
+        )  # diffusers keeps its coefficients in float32
 
 
 @pytest.mark.parametrize("schedule", MADE)
@@ -153,7 +196,9 @@ def test_er_sde_with_phi_squared_is_ancestral_sampling(schedule):
     torch.manual_seed(1)
     one = mcm.er_sde(x, z, t, s, schedule, noise_scale="sde")
     torch.manual_seed(1)
-    assert torch.allclose(one, mcm.er_sde(x, z, t, s, schedule, noise_scale=1.0), rtol=0, atol=1e-10)
+    assert torch.allclose(
+        one, mcm.er_sde(x, z, t, s, schedule, noise_scale=1.0), rtol=0, atol=1e-10
+    )
 
 
 def test_er_sde_5_has_the_published_form():
@@ -194,9 +239,15 @@ def test_second_order_integrates_a_prediction_that_is_linear_in_lambda(noise_sca
 
 def test_second_order_falls_back_where_it_is_undefined():
     x, z, t, s = drawn((4, 3))
-    t, s, before = torch.tensor([0.9, 0.9, 0.5, 0.5]).double(), torch.tensor([0.8, 0.0, 0.5, 0.4]).double(), torch.tensor([1.0, 1.0, 0.6, 0.5]).double()
+    t, s, before = (
+        torch.tensor([0.9, 0.9, 0.5, 0.5]).double(),
+        torch.tensor([0.8, 0.0, 0.5, 0.4]).double(),
+        torch.tensor([1.0, 1.0, 0.6, 0.5]).double(),
+    )
     torch.manual_seed(1)
-    second = mcm.er_sde(x, z, t, s, COSINE, 2 * x, before, "er5")  # alpha is 0 at t = 1; s = t; no step before
+    second = mcm.er_sde(
+        x, z, t, s, COSINE, 2 * x, before, "er5"
+    )  # alpha is 0 at t = 1; s = t; no step before
     torch.manual_seed(1)
     assert torch.equal(second, mcm.er_sde(x, z, t, s, COSINE, noise_scale="er5"))
     assert second.isfinite().all()
@@ -204,13 +255,20 @@ def test_second_order_falls_back_where_it_is_undefined():
 
 def test_second_order_on_times_that_a_discrete_schedule_rounds_to_one_level():
     """SCott's sub-steps near t = 0 are shorter than an index."""
-    t, s, before = (torch.tensor(v, dtype=torch.float64) for v in ([0.0007, 0.0013, 0.0020], [0.0003, 0.0007, 0.0013], [0.0010, 0.0020, 0.0027]))
+    t, s, before = (
+        torch.tensor(v, dtype=torch.float64)
+        for v in ([0.0007, 0.0013, 0.0020], [0.0003, 0.0007, 0.0013], [0.0010, 0.0020, 0.0027])
+    )
     x, z = torch.randn(2, 3, 5, dtype=torch.float64)
     assert mcm.er_sde(x, z, t, s, SDXL, 1.1 * x, before, "er5").isfinite().all()
 
 
 def test_renoising_has_the_variance_of_the_schedule():
-    x, t, s = torch.full((2, 50_000), 0.7, dtype=torch.float64), torch.ones(2).double(), torch.tensor([0.5, 0.0]).double()
+    x, t, s = (
+        torch.full((2, 50_000), 0.7, dtype=torch.float64),
+        torch.ones(2).double(),
+        torch.tensor([0.5, 0.0]).double(),
+    )
     z = mcm.renoise(x, x, t, s, COSINE)
     assert torch.equal(z[1], x[1])
     alpha, sigma = COSINE(s)

@@ -16,7 +16,9 @@ from mcm.training import Training
 def trained(tmp_path_factory):
     captions, pictures = drawn()
     folder = tmp_path_factory.mktemp("tiny") / "pipe"
-    tiny_sdxl.train_tiny_sdxl(captions, pictures, folder, Training(60, 16, lr=1e-3), Training(30, 16, lr=1e-3))
+    tiny_sdxl.train_tiny_sdxl(
+        captions, pictures, folder, Training(60, 16, lr=1e-3), Training(30, 16, lr=1e-3)
+    )
     return folder, captions, pictures
 
 
@@ -37,25 +39,46 @@ def test_stock_diffusers_loads_and_samples_it(trained, tmp_path):
 
 def test_it_is_built_as_sdxl_is(trained):
     pipe = StableDiffusionXLPipeline.from_pretrained(trained[0])
-    assert pipe.unet.config.addition_embed_type == "text_time" and pipe.config.force_zeros_for_empty_prompt
+    assert (
+        pipe.unet.config.addition_embed_type == "text_time"
+        and pipe.config.force_zeros_for_empty_prompt
+    )
     alphas = pipe.scheduler.alphas_cumprod
-    known = {0: 0.999150, 124: 0.863407, 249: 0.675432, 499: 0.277669, 749: 0.056623, 999: 0.00466010}
+    known = {
+        0: 0.999150,
+        124: 0.863407,
+        249: 0.675432,
+        499: 0.277669,
+        749: 0.056623,
+        999: 0.00466010,
+    }
     assert all(abs(alphas[i].item() - v) < 1e-6 for i, v in known.items())
-    assert pipe.vae.config.scaling_factor == 1.0 and pipe.scheduler.config.prediction_type == "epsilon"
+    assert (
+        pipe.vae.config.scaling_factor == 1.0 and pipe.scheduler.config.prediction_type == "epsilon"
+    )
 
 
 def test_latents_are_whitened(trained):
     """By the convolutions at the autoencoder's waist, so that no scaling factor or mean has to be known."""
     folder, _, pictures = trained
-    latents = SDXL(load_pipeline(str(folder), torch.float32, torch.device("cpu")), 8).to_latents(pictures)
-    assert latents.mean((0, 2, 3)).abs().max() < 1e-3 and (latents.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    latents = SDXL(load_pipeline(str(folder), torch.float32, torch.device("cpu")), 8).to_latents(
+        pictures
+    )
+    assert (
+        latents.mean((0, 2, 3)).abs().max() < 1e-3
+        and (latents.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    )
 
 
 def test_folding_the_whitening_changes_no_reconstruction(tmp_path):
     torch.manual_seed(0)
     autoencoder = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, mid_block_add_attention=False,
-    )  # fmt: skip
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
     x = to_float(drawn()[1][:8])
     with torch.no_grad():
         before = autoencoder.encode(x).latent_dist
@@ -63,7 +86,11 @@ def test_folding_the_whitening_changes_no_reconstruction(tmp_path):
         tiny_sdxl.whiten(autoencoder, x)
         after = autoencoder.encode(x).latent_dist
         assert torch.allclose(autoencoder.decode(after.mode()).sample, pictures, atol=1e-4)
-        assert torch.allclose(after.std / after.mode().std((0, 2, 3), keepdim=True), before.std / before.mode().std((0, 2, 3), keepdim=True), rtol=1e-3)
+        assert torch.allclose(
+            after.std / after.mode().std((0, 2, 3), keepdim=True),
+            before.std / before.mode().std((0, 2, 3), keepdim=True),
+            rtol=1e-3,
+        )
 
 
 def test_tokenizers(trained):
@@ -76,13 +103,27 @@ def test_tokenizers(trained):
         assert len(ids) == len(captions[0].split()) + 2  # every word of the world is one token
         assert tokenizer.model_max_length >= max(len(tokenizer(c).input_ids) for c in captions)
         other = tokenizer("Ünïcode, 雪 & unseen words!").input_ids
-        assert tokenizer.decode(other, skip_special_tokens=True).replace(" ", "") == "ünïcode,雪&unseenwords!"
+        assert (
+            tokenizer.decode(other, skip_special_tokens=True).replace(" ", "")
+            == "ünïcode,雪&unseenwords!"
+        )
 
 
 def test_the_pooled_text_changes_with_every_word(trained):
     sdxl = SDXL(load_pipeline(str(trained[0]), torch.float32, torch.device("cpu")), 8)
     words = "a small red circle above a large blue square on black".split()
-    other = {"a": "on", "small": "large", "red": "blue", "circle": "square", "above": "below", "large": "small", "blue": "green", "square": "circle", "on": "a", "black": "white"}
+    other = {
+        "a": "on",
+        "small": "large",
+        "red": "blue",
+        "circle": "square",
+        "above": "below",
+        "large": "small",
+        "blue": "green",
+        "square": "circle",
+        "on": "a",
+        "black": "white",
+    }
     changed = [" ".join(words[:i] + [other[w]] + words[i + 1 :]) for i, w in enumerate(words)]
     pooled = sdxl.encode([" ".join(words), *changed]).pooled
     assert ((pooled[1:] - pooled[0]).abs().amax(1) > 1e-3).all()
@@ -91,7 +132,10 @@ def test_the_pooled_text_changes_with_every_word(trained):
 def test_a_pipeline_that_is_there_is_not_trained_again(trained, monkeypatch):
     folder, captions, pictures = trained
     monkeypatch.setattr(tiny_sdxl, "train_autoencoder", lambda *a: pytest.fail("trained again"))
-    assert isinstance(tiny_sdxl.train_tiny_sdxl(captions, pictures, folder, None, None), diffusers.StableDiffusionXLPipeline)
+    assert isinstance(
+        tiny_sdxl.train_tiny_sdxl(captions, pictures, folder, None, None),
+        diffusers.StableDiffusionXLPipeline,
+    )
 
 
 def test_a_run_cut_short_goes_on(trained, tmp_path, monkeypatch):
@@ -118,4 +162,10 @@ def test_a_run_cut_short_goes_on(trained, tmp_path, monkeypatch):
 
 def test_pictures_that_do_not_fit(tmp_path):
     with pytest.raises(mcm.InputError, match="multiple of 8"):
-        tiny_sdxl.train_tiny_sdxl(["a"], torch.zeros(1, 3, 30, 30, dtype=torch.uint8), tmp_path / "x", Training(1), Training(1))
+        tiny_sdxl.train_tiny_sdxl(
+            ["a"],
+            torch.zeros(1, 3, 30, 30, dtype=torch.uint8),
+            tmp_path / "x",
+            Training(1),
+            Training(1),
+        )

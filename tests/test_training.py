@@ -20,7 +20,10 @@ DATA = digits()
 
 def small(dropout=0.2):
     torch.manual_seed(7)
-    return mcm.Denoiser(mcm.UNet(8, 1, 16, (1, 1), 1, attention=(4,), classes=10, dropout=dropout), mcm.CosineSchedule())
+    return mcm.Denoiser(
+        mcm.UNet(8, 1, 16, (1, 1), 1, attention=(4,), classes=10, dropout=dropout),
+        mcm.CosineSchedule(),
+    )
 
 
 def diffusion(denoiser, x, labels, progress):
@@ -28,7 +31,9 @@ def diffusion(denoiser, x, labels, progress):
 
 
 def settings(**changes):
-    return Training(**dict(iterations=12, batch=32, lr=2e-3, warmup=2, log_every=3, save_every=4) | changes)
+    return Training(
+        **dict(iterations=12, batch=32, lr=2e-3, warmup=2, log_every=3, save_every=4) | changes
+    )
 
 
 class Killed(Exception):
@@ -47,7 +52,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, kill_at
             raise Killed
         if kind == "teacher":
             return diffusion(denoiser, x, labels, progress)
-        return mcm.consistency_loss(denoiser, x, labels, recipe(2, teacher_steps=(4, 64)), progress=progress)
+        return mcm.consistency_loss(
+            denoiser, x, labels, recipe(2, teacher_steps=(4, 64)), progress=progress
+        )
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
@@ -72,7 +79,9 @@ def test_training_lowers_the_loss_and_saves_the_averaged_weights(tmp_path):
     assert [line["step"] for line in lines] == [50, 100, 150]
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
     assert len(lines[0]["loss_by_t"]) == 10 and lines[0]["images_per_second"] > 0
-    assert abs(sum(lines[0]["loss_by_t"]) / 10 / lines[0]["loss"] - 1) < 0.05  # stratified times fill the bins evenly
+    assert (
+        abs(sum(lines[0]["loss_by_t"]) / 10 / lines[0]["loss"] - 1) < 0.05
+    )  # stratified times fill the bins evenly
     loaded = mcm.load(tmp_path / "m.safetensors")
     assert loaded.metadata["step"] == 150 and loaded.metadata["note"] == "x"
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), averaged.parameters()))
@@ -85,15 +94,26 @@ def test_accumulation_is_the_same_gradient(tmp_path):
 
     def loss(denoiser, x, labels, progress):
         rows = [lookup[image.numpy().tobytes()] for image in x]
-        return mcm.diffusion_loss(denoiser, x, labels, t=torch.tensor(rows).double() / 3000 + 0.4, noise=noise[rows])
+        return mcm.diffusion_loss(
+            denoiser, x, labels, t=torch.tensor(rows).double() / 3000 + 0.4, noise=noise[rows]
+        )
 
     norms = []
     for parts in (1, 3):
         (tmp_path / str(parts)).mkdir()
         denoiser = small(0.0)
         for p in denoiser.parameters():  # the zero-initialised layers would hide the rest
-            p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-        train(denoiser, loss, DATA, settings(accumulate=parts, iterations=1), tmp_path / str(parts), "m")
+            p.data += 0.05 * torch.randn(
+                p.shape, generator=torch.Generator().manual_seed(p.numel())
+            )
+        train(
+            denoiser,
+            loss,
+            DATA,
+            settings(accumulate=parts, iterations=1),
+            tmp_path / str(parts),
+            "m",
+        )
         norms.append(json.loads((tmp_path / str(parts) / "log.jsonl").read_text())["gradient_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0] > 0.1
 
@@ -102,7 +122,13 @@ def test_augmentation_mirrors_half_of_the_images(tmp_path):
     seen, known = [], {image.numpy().tobytes() for image in to_float(DATA.images)}
 
     def loss(denoiser, x, labels, progress):
-        seen.extend((image.numpy().tobytes() in known, image.flip(-1).contiguous().numpy().tobytes() in known) for image in x)
+        seen.extend(
+            (
+                image.numpy().tobytes() in known,
+                image.flip(-1).contiguous().numpy().tobytes() in known,
+            )
+            for image in x
+        )
         return diffusion(denoiser, x, labels, progress)
 
     for augment in (False, True):
@@ -122,7 +148,15 @@ def test_the_next_steps_do_not_wait_for_the_disk(tmp_path, monkeypatch):
     whole, slow = tmp_path / "whole", tmp_path / "slow"
     whole.mkdir(), slow.mkdir()
     averages = []
-    train(small(), diffusion, DATA, settings(iterations=12, save_every=4), whole, "m", preview=lambda model, _: averages.append(flat(model)))
+    train(
+        small(),
+        diffusion,
+        DATA,
+        settings(iterations=12, save_every=4),
+        whole,
+        "m",
+        preview=lambda model, _: averages.append(flat(model)),
+    )
     written, models, real = [], [], mcm.training.write_safetensors
 
     def slowly(path, *rest):
@@ -158,7 +192,10 @@ def test_the_next_steps_do_not_wait_for_the_disk(tmp_path, monkeypatch):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_compiled_steps_are_the_same_steps(tmp_path):
     """To rounding; and what is saved loads as ever."""
-    plain, compiled = (train(small(0.0), diffusion, DATA, settings(iterations=4, compile=c), tmp_path, f"m{c}") for c in (False, True))
+    plain, compiled = (
+        train(small(0.0), diffusion, DATA, settings(iterations=4, compile=c), tmp_path, f"m{c}")
+        for c in (False, True)
+    )
     for a, b in zip(plain.parameters(), compiled.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     assert mcm.load(tmp_path / "mTrue.safetensors").metadata["step"] == 4
@@ -169,7 +206,14 @@ def test_compiling_without_a_compiler_is_explained(tmp_path, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     with pytest.raises(mcm.InputError, match="cannot be compiled here .*leave out --compile"):
-        train(small(0.0), diffusion, DATA, settings(iterations=1, compile=True, batch=8), tmp_path, "m")
+        train(
+            small(0.0),
+            diffusion,
+            DATA,
+            settings(iterations=1, compile=True, batch=8),
+            tmp_path,
+            "m",
+        )
 
 
 def test_average_is_the_recursion(tmp_path):
@@ -202,8 +246,13 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(tmp_path, cap
         reference = train(small(), diffusion, DATA, settings(ema=0.0), tmp_path, "m")
     finally:
         mcm.training.Learner = kept
-    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(skipped.parameters(), reference.parameters()))
-    lines = [json.loads(line) for line in (tmp_path / "skipped" / "log.jsonl").read_text().splitlines()]
+    assert all(
+        torch.equal(a, b) and a.isfinite().all()
+        for a, b in zip(skipped.parameters(), reference.parameters())
+    )
+    lines = [
+        json.loads(line) for line in (tmp_path / "skipped" / "log.jsonl").read_text().splitlines()
+    ]
     assert sum(line["skipped"] for line in lines) == 2 and all(line["loss"] > 0 for line in lines)
     assert "1 of the 3 steps up to 3 were skipped" in "".join(capsys.readouterr())
 
@@ -215,15 +264,30 @@ def test_too_many_in_a_row_stop_the_run_and_keep_the_last_checkpoint(tmp_path, w
         if progress < 9 / 40:
             return out
         if what == "loss":
-            return out._replace(loss=out.loss * float("nan"), per_sample=out.per_sample * float("nan"))
-        return out._replace(loss=out.loss + sum((p - p).sum().sqrt() for p in denoiser.parameters()))  # 0, with derivative 1 / 0
+            return out._replace(
+                loss=out.loss * float("nan"), per_sample=out.per_sample * float("nan")
+            )
+        return out._replace(
+            loss=out.loss + sum((p - p).sum().sqrt() for p in denoiser.parameters())
+        )  # 0, with derivative 1 / 0
 
     with pytest.raises(mcm.InputError, match="no longer finite, from step 10 on"):
         train(small(), loss, DATA, settings(iterations=40, save_every=12), tmp_path, "m")
     kept = mcm.load(tmp_path / "m.safetensors")
     assert kept.metadata["step"] == 12 and all(p.isfinite().all() for p in kept.parameters())
     # ... and a run whose loss behaves again goes on from there
-    assert train(small(), diffusion, DATA, settings(iterations=40, save_every=12), tmp_path, "m", resume=True).metadata["step"] == 40
+    assert (
+        train(
+            small(),
+            diffusion,
+            DATA,
+            settings(iterations=40, save_every=12),
+            tmp_path,
+            "m",
+            resume=True,
+        ).metadata["step"]
+        == 40
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "garbage"])
@@ -243,9 +307,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, dama
         return diffusion(denoiser, x, labels, progress)
 
     resumed = train(small(), loss, DATA, settings(), tmp_path, "m", resume=True)
-    assert len(seen) == 4 and all(torch.equal(a, b) for a, b in zip(resumed.parameters(), reference.parameters()))
+    assert len(seen) == 4 and all(
+        torch.equal(a, b) for a, b in zip(resumed.parameters(), reference.parameters())
+    )
     said = capsys.readouterr().err
-    assert damage == "missing" or "m.state.safetensors: not a readable checkpoint" in said and "Going on from the checkpoint before it, step 8" in said
+    assert (
+        damage == "missing"
+        or "m.state.safetensors: not a readable checkpoint" in said
+        and "Going on from the checkpoint before it, step 8" in said
+    )
     previous = tmp_path / "m.state.previous.safetensors"
     assert previous.is_file()
     state.unlink()  # as one does to begin anew
@@ -268,16 +338,28 @@ def test_a_full_disk_is_explained_and_nothing_saved_is_lost(tmp_path):
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(mcm.InputError, match=r"m(.state)?.safetensors could not be written .*make room, and go on with --resume"):
+        with pytest.raises(
+            mcm.InputError,
+            match=r"m(.state)?.safetensors could not be written .*make room, and go on with --resume",
+        ):
             train(small(0.0), at_step_six, DATA, settings(iterations=8), tmp_path, "m")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert mcm.load(tmp_path / "m.safetensors").metadata["step"] == 4 and not list(tmp_path.glob("*.partial"))
+    assert mcm.load(tmp_path / "m.safetensors").metadata["step"] == 4 and not list(
+        tmp_path.glob("*.partial")
+    )
     resumed = train(small(0.0), diffusion, DATA, settings(iterations=8), tmp_path, "m", resume=True)
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), reference.parameters()))
 
 
-@pytest.mark.parametrize("change, message", [(dict(iterations=24), "iterations 12"), (dict(batch=16), "batch 32"), (dict(seed=5), "seed 0")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(iterations=24), "iterations 12"),
+        (dict(batch=16), "batch 32"),
+        (dict(seed=5), "seed 0"),
+    ],
+)
 def test_resuming_with_other_settings_is_refused(tmp_path, change, message):
     train(small(), diffusion, DATA, settings(), tmp_path, "m")
     with pytest.raises(mcm.InputError, match=message):
@@ -286,7 +368,9 @@ def test_resuming_with_other_settings_is_refused(tmp_path, change, message):
 
 def test_resuming_another_network_is_refused(tmp_path):
     train(small(), diffusion, DATA, settings(), tmp_path, "m")
-    wider = mcm.Denoiser(mcm.UNet(8, 1, 24, (1, 1), 1, attention=(4,), classes=10), mcm.CosineSchedule())
+    wider = mcm.Denoiser(
+        mcm.UNet(8, 1, 24, (1, 1), 1, attention=(4,), classes=10), mcm.CosineSchedule()
+    )
     with pytest.raises(mcm.InputError, match="another shape"):
         train(wider, diffusion, DATA, settings(), tmp_path, "m", resume=True)
 
@@ -296,8 +380,12 @@ def test_batches_are_shuffled_passes_over_the_data():
     for epoch in drawn.split(50):
         assert torch.equal(epoch.sort().values, torch.arange(50))
     assert not torch.equal(drawn[:50], drawn[50:100])
-    assert not torch.equal(drawn[:50], torch.cat([batch_indices(50, 8, s, seed=2) for s in range(7)])[:50])
-    assert torch.equal(batch_indices(3, 8, 0, 0).bincount(minlength=3).clamp_max(2), torch.tensor([2, 2, 2]))  # a batch larger than the data
+    assert not torch.equal(
+        drawn[:50], torch.cat([batch_indices(50, 8, s, seed=2) for s in range(7)])[:50]
+    )
+    assert torch.equal(
+        batch_indices(3, 8, 0, 0).bincount(minlength=3).clamp_max(2), torch.tensor([2, 2, 2])
+    )  # a batch larger than the data
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
@@ -307,11 +395,17 @@ def test_bf16_trains_every_weight(tmp_path, kind):
     def loss(denoiser, x, labels, progress):
         if kind == "teacher":
             return diffusion(denoiser, x, labels, progress)
-        return mcm.consistency_loss(denoiser, x, labels, recipe(2, teacher_steps=(4, 64)), progress=progress)
+        return mcm.consistency_loss(
+            denoiser, x, labels, recipe(2, teacher_steps=(4, 64)), progress=progress
+        )
 
     averaged = train(small(), loss, DATA, settings(precision="bf16"), tmp_path, "m")
     for (name, before), after in zip(small().named_parameters(), averaged.parameters()):
-        assert after.dtype == torch.float32 and after.isfinite().all() and not torch.equal(before, after), name
+        assert (
+            after.dtype == torch.float32
+            and after.isfinite().all()
+            and not torch.equal(before, after)
+        ), name
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
@@ -334,13 +428,25 @@ def test_ctrl_c_and_sigterm_save_and_resume(tmp_path, which):
     assert mcm.load(tmp_path / "m.safetensors").metadata["step"] == 6
     calls, first = [], False
     resumed = train(small(), loss, DATA, settings(), tmp_path, "m", resume=True)
-    assert len(calls) == 6 and all(torch.equal(a, b) for a, b in zip(resumed.parameters(), reference.parameters()))
-    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()][-1] == 12
+    assert len(calls) == 6 and all(
+        torch.equal(a, b) for a, b in zip(resumed.parameters(), reference.parameters())
+    )
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()][
+        -1
+    ] == 12
 
 
 def test_a_signal_while_the_end_is_being_saved_is_not_lost(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        train(small(), diffusion, DATA, settings(), tmp_path, "m", preview=lambda _, step: step == 12 and signal.raise_signal(signal.SIGTERM))
+        train(
+            small(),
+            diffusion,
+            DATA,
+            settings(),
+            tmp_path,
+            "m",
+            preview=lambda _, step: step == 12 and signal.raise_signal(signal.SIGTERM),
+        )
     assert mcm.load(tmp_path / "m.safetensors").metadata["step"] == 12
 
 
@@ -367,8 +473,19 @@ def test_the_parts_of_a_batch_may_change(tmp_path):
     train(small(), diffusion, DATA, settings(iterations=12, save_every=4), tmp_path, "m")
     state = tmp_path / "m.state.safetensors"
     (tmp_path / "m.state.previous.safetensors").rename(state)
-    averaged = train(small(), diffusion, DATA, settings(iterations=12, save_every=4, accumulate=2), tmp_path, "m", resume=True)
-    assert averaged.metadata["step"] == 12 and json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == 12
+    averaged = train(
+        small(),
+        diffusion,
+        DATA,
+        settings(iterations=12, save_every=4, accumulate=2),
+        tmp_path,
+        "m",
+        resume=True,
+    )
+    assert (
+        averaged.metadata["step"] == 12
+        and json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == 12
+    )
 
 
 def test_the_log_has_each_step_once(tmp_path):
@@ -386,5 +503,13 @@ def test_the_log_has_each_step_once(tmp_path):
 
 def test_previews_are_drawn_at_every_checkpoint(tmp_path):
     seen = []
-    train(small(), diffusion, DATA, settings(), tmp_path, "m", preview=lambda model, step: seen.append((step, model.training)))
+    train(
+        small(),
+        diffusion,
+        DATA,
+        settings(),
+        tmp_path,
+        "m",
+        preview=lambda model, step: seen.append((step, model.training)),
+    )
     assert seen == [(4, False), (8, False), (12, False)]

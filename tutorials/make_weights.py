@@ -27,23 +27,48 @@ WORK, WEIGHTS = Path("runs/tutorials"), Path(__file__).parent / "weights"
 def digits() -> None:
     out = WORK / "digits"
     resume = ["--resume"] * (out / "run.json").is_file()
-    if run_cifar.run(["--data", "digits", "--preset", "long", "--channels", "32", "--out", str(out), *resume]):
+    if run_cifar.run(
+        ["--data", "digits", "--preset", "long", "--channels", "32", "--out", str(out), *resume]
+    ):
         sys.exit(1)
     (WEIGHTS / "digits").mkdir(parents=True, exist_ok=True)
     for name in ("teacher", "cd-1", "cd-2", "cd-4", "cd-8"):
         tensors, metadata = read_safetensors(out / f"{name}.safetensors")
-        write_safetensors(WEIGHTS / "digits" / f"{name}.safetensors", {k: v.half() for k, v in tensors.items()}, metadata)
+        write_safetensors(
+            WEIGHTS / "digits" / f"{name}.safetensors",
+            {k: v.half() for k, v in tensors.items()},
+            metadata,
+        )
 
 
 def latent() -> None:
     out, pipeline = WORK / "latent", WORK / "pipeline"
     args = run_latent.parse([])
-    if not (pipeline / "model_index.json").is_file():  # smaller than run_latent.py's, to be light in the repository
+    if not (
+        pipeline / "model_index.json"
+    ).is_file():  # smaller than run_latent.py's, to be light in the repository
         world = run_latent.load_world(args)
-        vae, unet = run_latent.training(args, args.vae_iterations, 4, 1e-3, clip=0.1), run_latent.training(args, 4000, 24, 1e-3)
+        vae, unet = (
+            run_latent.training(args, args.vae_iterations, 4, 1e-3, clip=0.1),
+            run_latent.training(args, 4000, 24, 1e-3),
+        )
         train_tiny_sdxl(world.prompts, world.pictures, pipeline, vae, unet, channels=(48, 96))
     names, resume = ["mlcm", "tlcm"], ["--resume"] * (out / "run.json").is_file()
-    if run_latent.run(["--pipeline", str(pipeline), "--recipe", *names, "--rank", "16", "--evaluations", "180", "--out", str(out), *resume]):
+    if run_latent.run(
+        [
+            "--pipeline",
+            str(pipeline),
+            "--recipe",
+            *names,
+            "--rank",
+            "16",
+            "--evaluations",
+            "180",
+            "--out",
+            str(out),
+            *resume,
+        ]
+    ):
         sys.exit(1)
     shutil.rmtree(WEIGHTS / "latent", ignore_errors=True)
     pipe = load_pipeline(str(pipeline), torch.float16, torch.device("cpu"))
@@ -52,7 +77,10 @@ def latent() -> None:
         folder = WEIGHTS / "latent" / name
         folder.mkdir()
         with safe_open(out / name / LORA_FILE, "pt") as file:
-            tensors, metadata = {key: file.get_tensor(key).half() for key in file.keys()}, file.metadata()
+            tensors, metadata = (
+                {key: file.get_tensor(key).half() for key in file.keys()},
+                file.metadata(),
+            )
         save_file(tensors, folder / LORA_FILE, metadata)
         shutil.copy(out / name / "scheduler_config.json", folder)
 

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 import mcm
 
 schedule = mcm.CosineSchedule()
-mixture = mcm.GaussianMixture(means=torch.tensor([[-1.0], [1.0]]).double(), stds=torch.tensor([0.2, 0.2]).double())
+mixture = mcm.GaussianMixture(
+    means=torch.tensor([[-1.0], [1.0]]).double(), stds=torch.tensor([0.2, 0.2]).double()
+)
 
 QUANTILES = (torch.arange(4000).double() + 0.5) / 4000
 even_noise = (math.sqrt(2) * torch.erfinv(2 * QUANTILES - 1))[:, None]
@@ -34,7 +36,15 @@ class Network(nn.Module):
 
     def __init__(self, width: int = 128):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+        self.layers = nn.Sequential(
+            nn.Linear(4, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 1),
+        )
 
     def forward(self, z: Tensor, t: Tensor, cond: None = None) -> Tensor:
         t = t[:, None].to(z.dtype)
@@ -66,5 +76,7 @@ def distilled(T: int, K: int, teacher: nn.Module = mixture, points: int = 6001) 
     for i in range(1, T + 1):
         t = torch.full((points,), i / T).double()
         noise = (student.z / schedule(t)[1])[:, None]  # with x = 0, so that z_t = z
-        student.values[i] = mcm.consistency_loss(student, torch.zeros(points, 1).double(), None, stage, teacher=teacher, t=t, noise=noise).x_target[:, 0]
+        student.values[i] = mcm.consistency_loss(
+            student, torch.zeros(points, 1).double(), None, stage, teacher=teacher, t=t, noise=noise
+        ).x_target[:, 0]
     return student
