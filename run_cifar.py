@@ -24,11 +24,14 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 import mcm
-from mcm import cli, metrics, parallel, plots, recipes
-from mcm.cli import describe, digest, pick_device, recorded, write
-from mcm.data import ImageData, load_data, to_float
+from mcm import recipes
 from mcm.denoiser import read_safetensors, write_safetensors
-from mcm.training import Training, train
+from mcm.lab import distributed as parallel
+from mcm.lab import metrics, plots
+from mcm.lab import options as cli
+from mcm.lab.data import ImageData, load_data, to_float
+from mcm.lab.options import describe, digest, pick_device, recorded, write
+from mcm.lab.run import Training, train
 
 FID_SAMPLES = 50_000  # what the literature reports FID with
 

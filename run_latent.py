@@ -26,18 +26,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mcm
-from mcm import cli, metrics, plots, shapes
-from mcm.cli import describe, digest, pick_device, recorded, write
-from mcm.data import captioned_folder
 from mcm.denoiser import read_safetensors, write_safetensors
-from mcm.distil import Captioned, distil
+from mcm.lab import metrics, plots
+from mcm.lab import options as cli
+from mcm.lab.data import captioned_folder
+from mcm.lab.options import describe, digest, pick_device, recorded, write
+from mcm.lab.run import Training
+from mcm.latent import shapes
+from mcm.latent.distil import Captioned, distil
+from mcm.latent.scheduler import MCMScheduler, re_noising_timesteps, uniform_timesteps
+from mcm.latent.scorer import CLIPReward, train_scorer
+from mcm.latent.sdxl import LORA_FILE, SDXL, Condition, load_pipeline, unconditional
+from mcm.latent.tiny_sdxl import train_tiny_sdxl
 from mcm.recipes import RECIPES, Recipe
 from mcm.sampling import milestones, rows
-from mcm.scheduler import MCMScheduler, re_noising_timesteps, uniform_timesteps
-from mcm.scorer import CLIPReward, train_scorer
-from mcm.sdxl import LORA_FILE, SDXL, Condition, load_pipeline, unconditional
-from mcm.tiny_sdxl import train_tiny_sdxl
-from mcm.training import Training
 
 # What a run is made of; every value can be overridden by the option of the same name.
 TINY = dict(
@@ -984,7 +986,7 @@ def card(
 
 ```python
 {imports}
-from mcm.scheduler import MCMScheduler
+from mcm.latent.scheduler import MCMScheduler
 
 pipe = StableDiffusionXLPipeline.from_pretrained("{source}")
 {load}

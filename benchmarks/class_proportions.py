@@ -14,8 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mcm
-from mcm import metrics
-from mcm.data import digits
+from mcm.lab import metrics
+from mcm.lab.data import digits
 
 out = Path(sys.argv[1])
 data = digits()

@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mcm
-from mcm.cli import describe, write
-from mcm.training import Learner
+from mcm.lab.options import describe, write
+from mcm.lab.run import Learner
 
 # what varies; the rest is (channels, image size, batch) as in the first line
 GRIDS = {

@@ -17,12 +17,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from mcm.cli import describe, pick_device, write
-from mcm.distil import Captioned, distil
 from mcm.errors import InputError
+from mcm.lab.options import describe, pick_device, write
+from mcm.lab.run import Training
+from mcm.latent.distil import Captioned, distil
+from mcm.latent.sdxl import SDXL, Condition
 from mcm.recipes import RECIPES
-from mcm.sdxl import SDXL, Condition
-from mcm.training import Training
 
 SIZES = {
     "base": dict(

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mcm
-from mcm.cli import describe, write
-from mcm.data import load_data, to_float
-from mcm.training import Training, batch_indices
+from mcm.lab.data import load_data, to_float
+from mcm.lab.options import describe, write
+from mcm.lab.run import Training, batch_indices
 
 
 def parameters(network: nn.Module) -> int:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import parallel
 from .errors import InputError
+from .lab import distributed as parallel
 from .recipes import Stage
 from .sampling import STATES, noised, rows
 from .schedule import DiscreteSchedule, Schedule

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 import run_cifar
 import run_latent
 from mcm.denoiser import read_safetensors, write_safetensors
-from mcm.sdxl import LORA_FILE, load_pipeline
-from mcm.tiny_sdxl import train_tiny_sdxl
+from mcm.latent.sdxl import LORA_FILE, load_pipeline
+from mcm.latent.tiny_sdxl import train_tiny_sdxl
 
 WORK, WEIGHTS = Path("runs/tutorials"), Path(__file__).parent / "weights"
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .denoiser import guided
-from .errors import InputError
-from .losses import LossOutput, consistency_loss
+from ..denoiser import guided
+from ..errors import InputError
+from ..lab.run import Learner, Step, Training, batch_indices, loop, mixed
+from ..losses import LossOutput, consistency_loss
+from ..recipes import Phase, Recipe
+from ..sampling import rows
 from .objectives import Adversarial, DistributionMatching, Preference, gradient
-from .recipes import Phase, Recipe
-from .sampling import rows
 from .scorer import Reward
 from .sdxl import SDXL, Condition, unconditional
-from .training import Learner, Step, Training, batch_indices, loop, mixed
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import InputError
+from ..errors import InputError
 
 
 def pick_device(name: str | None) -> torch.device:

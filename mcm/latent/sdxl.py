@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .data import collected
-from .denoiser import Denoiser
-from .errors import InputError
-from .schedule import DiscreteSchedule
+from ..denoiser import Denoiser
+from ..errors import InputError
+from ..lab.data import collected
+from ..schedule import DiscreteSchedule
 
 # The 14 module kinds of LCM-LoRA, which TLCM's release uses too.
 MODULES = [

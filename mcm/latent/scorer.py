@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import to_float
-from .denoiser import read_safetensors, write_safetensors
-from .errors import InputError
-from .training import Learner, Step, Training, batch_indices, loop
+from ..denoiser import read_safetensors, write_safetensors
+from ..errors import InputError
+from ..lab.data import to_float
+from ..lab.run import Learner, Step, Training, batch_indices, loop
 
 
 class Reward(Protocol):

@@ -3,11 +3,11 @@ import re
 
 import pytest
 import torch
-from latent import ENGLISH, untrained_pipeline
+from pipelines import ENGLISH, untrained_pipeline
 from torchvision.utils import save_image
 
 import run_latent
-from mcm import shapes
+from mcm.latent import shapes
 from mcm.recipes import RECIPES
 
 QUICK = [

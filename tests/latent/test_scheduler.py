@@ -4,7 +4,7 @@ import torch
 from diffusers import LCMScheduler, TCDScheduler
 
 import mcm
-from mcm.scheduler import MCMScheduler, re_noising_timesteps, uniform_timesteps
+from mcm.latent.scheduler import MCMScheduler, re_noising_timesteps, uniform_timesteps
 
 TLCM = {
     1: [999],

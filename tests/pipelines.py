@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
 
-from mcm import shapes
-from mcm.tiny_sdxl import make_tokenizer, make_unet, text_encoder
+from mcm.latent import shapes
+from mcm.latent.tiny_sdxl import make_tokenizer, make_unet, text_encoder
 
 ENGLISH = [
     "a small red circle on black",

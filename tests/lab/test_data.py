@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import mcm
-from mcm import data as module
-from mcm.data import captioned_folder, collected, load_data, to_float
+from mcm.lab import data as module
+from mcm.lab.data import captioned_folder, collected, load_data, to_float
 
 
 def test_digits():

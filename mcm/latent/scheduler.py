@@ -10,10 +10,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .errors import InputError
-from .sampling import MILESTONES, noised
-from .schedule import DiscreteSchedule
-from .solvers import ddim, expand
+from ..errors import InputError
+from ..sampling import MILESTONES, noised
+from ..schedule import DiscreteSchedule
+from ..solvers import ddim, expand
 
 
 def re_noising_timesteps(train_steps: int = 1000) -> dict[str, list[int]]:

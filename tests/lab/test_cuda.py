@@ -7,8 +7,8 @@ import torch
 
 import mcm
 from mcm import recipes
-from mcm.data import load_data
-from mcm.training import Training, train
+from mcm.lab.data import load_data
+from mcm.lab.run import Training, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 STEPS = 8

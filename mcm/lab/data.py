@@ -23,7 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import center_crop, resize
 from tqdm import tqdm
 
-from .errors import InputError
+from ..errors import InputError
 
 
 @dataclass

@@ -1,13 +1,13 @@
 import pytest
 import torch
-from latent import drawn, untrained_pipeline
+from pipelines import drawn, untrained_pipeline
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 import mcm
-from mcm import metrics
-from mcm.data import to_float
-from mcm.scorer import CLIPReward, Scorer, train_scorer
-from mcm.training import Training
+from mcm.lab import metrics
+from mcm.lab.data import to_float
+from mcm.lab.run import Training
+from mcm.latent.scorer import CLIPReward, Scorer, train_scorer
 
 
 @pytest.fixture(scope="module")

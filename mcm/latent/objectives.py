@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .denoiser import guided
-from .errors import InputError
-from .losses import LossOutput, diffusion_loss
-from .recipes import FAKE_UPDATES
-from .sampling import noised
+from ..denoiser import guided
+from ..errors import InputError
+from ..lab.run import Learner
+from ..losses import LossOutput, diffusion_loss
+from ..recipes import FAKE_UPDATES
+from ..sampling import noised
+from ..solvers import expand, mean_over_dims
 from .scorer import Reward
 from .sdxl import DECODER, SDXL, unconditional
-from .solvers import expand, mean_over_dims
-from .training import Learner
 
 
 def gradient(objective, output: LossOutput, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import parallel
-from .cli import write
+from ..denoiser import Denoiser, partial_of, read_safetensors, save, write_safetensors
+from ..errors import InputError
+from ..losses import LossOutput
+from . import distributed as parallel
 from .data import ImageData, to_float
-from .denoiser import Denoiser, partial_of, read_safetensors, save, write_safetensors
-from .errors import InputError
-from .losses import LossOutput
+from .options import write
 
 LossFunction = Callable[[Denoiser, Tensor, Tensor, float], LossOutput]
 

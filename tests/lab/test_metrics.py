@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch_fidelity import feature_extractor_inceptionv3 as port
 
 import mcm
-from mcm import metrics
-from mcm.data import digits, to_float
+from mcm.lab import metrics
+from mcm.lab.data import digits, to_float
 
 
 def test_frechet_equals_the_closed_form():

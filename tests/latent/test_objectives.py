@@ -1,10 +1,10 @@
 import pytest
 import torch
-from latent import ENGLISH, untrained_pipeline
+from pipelines import ENGLISH, untrained_pipeline
 
 import mcm
-from mcm.objectives import Adversarial, DistributionMatching, Preference, gradient
-from mcm.sdxl import SDXL
+from mcm.latent.objectives import Adversarial, DistributionMatching, Preference, gradient
+from mcm.latent.sdxl import SDXL
 from mcm.solvers import expand
 
 
@@ -115,7 +115,7 @@ def test_a_prompt_is_never_its_own_opposite(sdxl):
 
 def test_a_reward_can_be_climbed(sdxl):
     trained_student(sdxl)
-    learner = mcm.training.Learner(sdxl.weights("student"), 1.0)
+    learner = mcm.lab.run.Learner(sdxl.weights("student"), 1.0)
     objective = Preference(
         lambda images, prompts: images.mean((1, 2, 3)) * (prompts != ["x"] * 4),
         sdxl.to_images,

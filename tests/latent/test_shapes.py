@@ -3,8 +3,8 @@ import dataclasses
 import numpy as np
 import torch
 
-from mcm import shapes
-from mcm.data import to_float
+from mcm.lab.data import to_float
+from mcm.latent import shapes
 
 
 def some(n=300):

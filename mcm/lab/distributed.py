@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import InputError
+from ..errors import InputError
 
 
 def place() -> tuple[int, int]:

@@ -2,14 +2,14 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-from latent import drawn
+from pipelines import drawn
 from transformers import CLIPTokenizer
 
 import mcm
-from mcm import tiny_sdxl
-from mcm.data import to_float
-from mcm.sdxl import SDXL, load_pipeline
-from mcm.training import Training
+from mcm.lab.data import to_float
+from mcm.lab.run import Training
+from mcm.latent import tiny_sdxl
+from mcm.latent.sdxl import SDXL, load_pipeline
 
 
 @pytest.fixture(scope="module")

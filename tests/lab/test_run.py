@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import mcm
-import mcm.training
-from mcm.data import digits, to_float
+import mcm.lab.run
+from mcm.lab.data import digits, to_float
+from mcm.lab.run import Training, batch_indices, train
 from mcm.recipes import mcm as recipe
-from mcm.training import Training, batch_indices, train
 
 DATA = digits()
 
@@ -157,7 +157,7 @@ def test_the_next_steps_do_not_wait_for_the_disk(tmp_path, monkeypatch):
         "m",
         preview=lambda model, _: averages.append(flat(model)),
     )
-    written, models, real = [], [], mcm.training.write_safetensors
+    written, models, real = [], [], mcm.lab.run.write_safetensors
 
     def slowly(path, *rest):
         if path.name == "m.state.safetensors":
@@ -232,7 +232,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(tmp_path, cap
         out = diffusion(denoiser, x, labels, progress)
         return out._replace(loss=out.loss * float("nan")) if round(progress * 12) in (1, 5) else out
 
-    class Reference(mcm.training.Learner):
+    class Reference(mcm.lab.run.Learner):
         def update(self, lr, step):
             if step not in (1, 5):
                 return super().update(lr, step)
@@ -241,11 +241,11 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(tmp_path, cap
 
     (tmp_path / "skipped").mkdir()
     skipped = train(small(), loss, DATA, settings(ema=0.0), tmp_path / "skipped", "m")
-    mcm.training.Learner, kept = Reference, mcm.training.Learner
+    mcm.lab.run.Learner, kept = Reference, mcm.lab.run.Learner
     try:
         reference = train(small(), diffusion, DATA, settings(ema=0.0), tmp_path, "m")
     finally:
-        mcm.training.Learner = kept
+        mcm.lab.run.Learner = kept
     assert all(
         torch.equal(a, b) and a.isfinite().all()
         for a, b in zip(skipped.parameters(), reference.parameters())
@@ -319,7 +319,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, dama
     previous = tmp_path / "m.state.previous.safetensors"
     assert previous.is_file()
     state.unlink()  # as one does to begin anew
-    assert mcm.training.load_state(state, {}, settings()) is None
+    assert mcm.lab.run.load_state(state, {}, settings()) is None
     for file in (state, previous):
         file.write_bytes(b"x")
     with pytest.raises(mcm.InputError, match="not a readable checkpoint"):

@@ -4,16 +4,16 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from latent import drawn, untrained_pipeline
+from pipelines import drawn, untrained_pipeline
 
 import mcm
-from mcm.data import to_float
-from mcm.distil import Captioned, distil
+from mcm.lab.data import to_float
+from mcm.lab.run import Training
+from mcm.latent.distil import Captioned, distil
+from mcm.latent.sdxl import SDXL, unconditional
+from mcm.latent.tiny_sdxl import train_unet
 from mcm.recipes import RECIPES
 from mcm.sampling import rows
-from mcm.sdxl import SDXL, unconditional
-from mcm.tiny_sdxl import train_unet
-from mcm.training import Training
 
 W = 2.0
 

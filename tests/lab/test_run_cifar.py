@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mcm
-from mcm import cli
-from mcm.data import load_data, to_float
+from mcm.lab import options as cli
+from mcm.lab.data import load_data, to_float
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = "--data digits --device cpu --channels 16 --teacher-iterations 6 --student-iterations 4 --samples 128 --classifier-iterations 20 --batch 32 --save-every 3"
 
 

@@ -11,13 +11,21 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from latent import CHINESE, ENGLISH, untrained_pipeline
 from peft import get_peft_model_state_dict
+from pipelines import CHINESE, ENGLISH, untrained_pipeline
 from safetensors.torch import load_file, save_file
 
 import mcm
-from mcm.scheduler import MCMScheduler
-from mcm.sdxl import LORA_FILE, MODULES, SDXL, active, load_pipeline, noise_schedule, unconditional
+from mcm.latent.scheduler import MCMScheduler
+from mcm.latent.sdxl import (
+    LORA_FILE,
+    MODULES,
+    SDXL,
+    active,
+    load_pipeline,
+    noise_schedule,
+    unconditional,
+)
 
 SDXL_BASE = dict(
     sample_size=128,

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import mcm
-from mcm import parallel
+from mcm.lab import distributed as parallel
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RUN = "--data digits --device cpu --channels 16 --teacher-iterations 12 --student-iterations 8 --steps 2 --samples 131 --classifier-iterations 20 --batch 32 --save-every 4 --lr 1e-3"
 
 

@@ -19,13 +19,13 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .data import to_float
-from .denoiser import Denoiser
-from .errors import InputError
-from .losses import diffusion_loss
+from ..denoiser import Denoiser
+from ..errors import InputError
+from ..lab.data import to_float
+from ..lab.run import Learner, Step, Training, batch_indices, loop
+from ..losses import diffusion_loss
+from ..solvers import mean_over_dims
 from .sdxl import Condition, Network, noise_schedule
-from .solvers import mean_over_dims
-from .training import Learner, Step, Training, batch_indices, loop
 
 SPECIAL = [
     "!",

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..denoiser import read_safetensors, write_safetensors
+from ..errors import InputError
 from .data import ImageData, to_float
-from .denoiser import read_safetensors, write_safetensors
-from .errors import InputError
-from .training import batch_indices
+from .run import batch_indices
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
