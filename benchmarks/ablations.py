@@ -1,58 +1,56 @@
 #!/usr/bin/env python3
-"""The papers' main ablations, from one teacher at equal network evaluations: run_latent.py with a few more recipes.
+"""The papers' main ablations, from one teacher at equal network evaluations: run_latent.py with a
+few more recipes.
 
-    python benchmarks/ablations.py progressive states               the groups that are named, of those below, or all
-    python benchmarks/ablations.py scott --out runs/scott --seed 1  whatever run_latent.py takes may follow
+    python benchmarks/ablations.py progressive states               the groups that are named, of
+    those below, or all python benchmarks/ablations.py scott --out runs/scott --seed 1  whatever
+    run_latent.py takes may follow
 
-Results, pictures and students are those of run_latent.py, in --out (default: runs/ablations). Without a group, all are listed, each
-with what its paper found.
+Results, pictures and students are those of run_latent.py, in --out (default: runs/ablations).
+Without a group, all are listed, each with what its paper found.
 """
 
-import dataclasses
 import sys
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import run_latent
-from mcm.recipes import RECIPES, Phase, Recipe, mlcm_latent, scott_latent, tlcm_latent
+from mcm.latent.recipes import RECIPES, Phase, Recipe, mlcm_latent, scott_latent, tlcm_latent
 
 
-def variant(recipe: Recipe, phases: tuple[Phase, ...], **changes) -> Recipe:
-    """These phases with their stages changed, sampled as the recipe is."""
-    changed = tuple(
-        dataclasses.replace(p, stage=dataclasses.replace(p.stage, **changes)) for p in phases
-    )
-    return Recipe(changed, recipe.renoise, f"{recipe.summary.split(':')[0]}, an ablation")
+def variant(recipe: Recipe, phases: tuple[Phase, ...]) -> Recipe:
+    """These phases, sampled as the recipe is."""
+    return Recipe(phases, recipe.renoise, f"{recipe.summary.split(':')[0]}, an ablation")
 
 
 def segments(*numbers: int, **changes) -> Recipe:
-    """MLCM without its last phase, the preference, on these numbers of segments, one after the other."""
+    """MLCM without its last phase, the preference, on these numbers of segments, in turn."""
     recipe = mlcm_latent(4)
-    return variant(
-        recipe, tuple(p for p in recipe.phases[:-1] if p.stage.student_steps in numbers), **changes
-    )
+    kept = [p for p in recipe.phases[:-1] if p.method.student_steps in numbers]
+    return variant(recipe, tuple(replace(phase, **changes) for phase in kept))
 
 
-def scott(noise, adversary: bool) -> Recipe:
-    """SCott without its averaged target, and compared as velocities: as it is, so short a run stays near the teacher's weights whatever its steps."""
+def scott(eta: float | str, adversary: bool) -> Recipe:
+    """SCott without its averaged target, and compared as velocities.
+
+    As it is, so short a run stays near the teacher's weights whatever its steps.
+    """
     recipe = scott_latent(4)
-    extra = recipe.phases[0].stage.extra if adversary else ()
-    return variant(
-        recipe,
-        recipe.phases,
-        noise=noise,
-        order=2 if noise == "er5" else 1,
-        extra=extra,
-        weight="v",
-        target_ema=None,
-    )
+    phase = recipe.phases[0]
+    order = 2 if eta == "er5" else 1
+    method = replace(phase.method, teacher_eta=eta, solver_order=order, weight="v")
+    objectives = phase.objectives if adversary else ()
+    changed = replace(phase, method=method, objectives=objectives, target_ema=None)
+    return variant(recipe, (changed,))
 
 
 tlcm = tlcm_latent(4)
-# With the printed shares and rates the later phases of so short a run are two dozen small steps. Here they get more, at the full rate.
+# With the printed shares and rates the later phases of so short a run are two dozen small steps.
+# Here they get more, at the full rate.
 TLCM_PHASES = tuple(
-    dataclasses.replace(phase, share=share, lr=1.0, critic_lr=1.0)
+    replace(phase, share=share, lr=1.0, critic_lr=1.0)
     for phase, share in zip(tlcm.phases, (0.4, 0.35, 0.05, 0.2))
 )
 GROUPS: dict[str, tuple[str, dict[str, Recipe]]] = {
@@ -68,7 +66,7 @@ GROUPS: dict[str, tuple[str, dict[str, Recipe]]] = {
     ),
     "states": (
         "TLCM (v6): states from the teacher's own denoising do without images (table 2 has them against single-step ones, not images).",
-        {"8-4-2-1": segments(8, 4, 2, 1), "data-states": segments(8, 4, 2, 1, z_from="data")},
+        {"8-4-2-1": segments(8, 4, 2, 1), "data-states": segments(8, 4, 2, 1, states="data")},
     ),
     "tlcm": (
         "TLCM (v6), table 2, CLIP score in 4 steps: first stage 32.31, then all at once 33.06, preference 33.16, matching and adversary 33.52.",

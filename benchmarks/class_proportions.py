@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""The digits table again, with classes in exactly the training set's proportions instead of equally often.
+"""The digits table again, with classes in exactly the training set's proportions instead of equally
+often.
 
     python benchmarks/class_proportions.py runs/digits
 
-Of the 1,500 training digits, some classes have a few images more than others. Samples with equal classes differ from
-them in that too, which adds to every row's distance, the teacher's included, and so lowers the ratios. Here it is gone.
+Of the 1,500 training digits, some classes have a few images more than others. Samples with equal
+classes differ from them in that too, which adds to every row's distance, the teacher's included,
+and so lowers the ratios. Here it is gone.
 """
 
 import sys

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""How cost grows with parameters, resolution, batch and sampling steps: a table and one picture, under 3 minutes on one CPU thread.
+"""How cost grows with parameters, resolution, batch and sampling steps: a table and one picture,
+under 3 minutes on one CPU thread.
 
-    python benchmarks/costs.py --out results/speed
-    python benchmarks/costs.py --out results/speed --compile            on a GPU (bf16): larger networks and batches, and peak memory
+    python benchmarks/costs.py --out results/speed python benchmarks/costs.py --out results/speed
+    --compile            on a GPU (bf16): larger networks and batches, and peak memory
 
-The network is that of CIFAR-10's presets small and tiny: 1, 2 and 4 times its first width, one block a level, attention in the second. A training step is
-the v-loss, its gradient, clipping and the optimiser. Operations are counted, 2 per multiplication with addition; the peak beside which they
-are put is that of a large matrix product on the same device, in the same precision, measured just before. Sampling K steps is compared with K
-forward passes of the bare network, repeat by repeat.
+The network is that of CIFAR-10's presets small and tiny: 1, 2 and 4 times its first width, one
+block a level, attention in the second. A training step is the v-loss, its gradient, clipping and
+the optimiser. Operations are counted, 2 per multiplication with addition; the peak beside which
+they are put is that of a large matrix product on the same device, in the same precision, measured
+just before. Sampling K steps is compared with K forward passes of the bare network, repeat by
+repeat.
 """
 
 import argparse
@@ -30,7 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mcm
-from mcm.lab.options import describe, write
+from mcm.lab.checkpoint import write
+from mcm.lab.options import hardware
 from mcm.lab.run import Learner
 
 # what varies; the rest is (channels, image size, batch) as in the first line
@@ -76,8 +80,9 @@ def timed(work: Callable[[], object], device: torch.device, repeats: int) -> flo
 
 
 def peak(device: torch.device, repeats: int) -> float:
-    """Operations per second of a large matrix product, the fastest of several: as such, and as a 1x1 convolution, which on a CPU is
-    another library's work (on AMD's often a faster one)."""
+    """Operations per second of a large matrix product, the fastest of several: as such, and as a
+    1x1 convolution, which on a CPU is another library's work (on AMD's often a faster one).
+    """
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     image, kernel = (
@@ -120,12 +125,13 @@ def training(
     )
 
     def step() -> None:
+        learner.lr = 1e-5
         with torch.autocast(
             device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False
         ):
             loss = mcm.diffusion_loss(model, x, labels).loss
         loss.backward()
-        learner.update(1e-5, 0)
+        learner.update()
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -253,7 +259,7 @@ def main(argv: list[str]) -> int:
     grid = GRIDS[device.type]
     channels, size, batch = grid["base"]
     result = {
-        "hardware": describe(device),
+        "hardware": hardware(device),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "compile": args.compile,

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
 """Kill a run at random moments: does what it ends with depend on it? A few minutes on one CPU core.
 
-    python benchmarks/kills.py [KILLS] [OPTIONS OF run_cifar.py, for another run]        (default: 30)
+    python benchmarks/kills.py [KILLS] [OPTIONS OF run_cifar.py, for another run]        (default:
+    30)
 
-A small digits run (classifier, teacher, two students, evaluation) is made once undisturbed. Then it is made again KILLS times, each
-time killed (SIGKILL) at a random moment and resumed, every third one killed a second time, every fourth one when it next writes a file.
-Every checkpoint that a run leaves must be the same bit for bit, and results.json the same but for the times. Exit code 1 if one is not. POSIX only: runs are forked, so that none imports PyTorch again.
+A small digits run (classifier, teacher, two students, evaluation) is made once undisturbed. Then it
+is made again KILLS times, each time killed (SIGKILL) at a random moment and resumed, every third
+one killed a second time, every fourth one when it next writes a file. Every checkpoint that a run
+leaves must be the same bit for bit, and results.json the same but for the times. Exit code 1 if one
+is not. POSIX only: runs are forked, so that none imports PyTorch again.
 """
 
 import contextlib
@@ -23,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import run_cifar
-from mcm.denoiser import read_safetensors
+from mcm.lab.checkpoint import read_safetensors
 
 RUN = "--data digits --device cpu --channels 16 --teacher-iterations 120 --student-iterations 60 --steps 1 2 --samples 256 --classifier-iterations 30 --batch 32 --save-every 6"
 OUTPUTS = ("teacher", "cd-1", "cd-2", "teacher.state", "cd-1.state", "cd-2.state")
@@ -53,7 +56,9 @@ def finish(out: Path, resume: bool) -> None:
 
 
 def killed(out: Path, resume: bool, seconds: float, writing: bool = False) -> bool:
-    """Start, wait (with `writing`: on, until a file is being written), kill; -> whether the run was still alive."""
+    """Start, wait (with `writing`: on, until a file is being written), kill; -> whether the run was
+    still alive.
+    """
     pid = start(out, resume)
     time.sleep(seconds)
     while (

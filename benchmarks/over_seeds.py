@@ -3,8 +3,9 @@
 
     python benchmarks/over_seeds.py runs/seed-0 runs/seed-1 runs/seed-2
 
-The folders hold the results.json of run_latent.py. The spread is the standard deviation over runs. Ratio: the Fréchet distance over that
-of the better undistilled row, of the same run, with the same sampler and as many network evaluations.
+The folders hold the results.json of run_latent.py. The spread is the standard deviation over runs.
+Ratio: the Fréchet distance over that of the better undistilled row, of the same run, with the same
+sampler and as many network evaluations.
 """
 
 import json

@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""The questions that a reader of the paper asks, one run each, from the same teacher: run_cifar.py again and again, and one table.
+"""The questions that a reader of the paper asks, one run each, from the same teacher: run_cifar.py
+again and again, and one table.
 
-    python benchmarks/questions.py --data digits                                             about an hour on one CPU core
-    python benchmarks/questions.py --data cifar10 --preset tiny --student-iterations 500     2 to 3 hours on one CPU core
-    python benchmarks/questions.py --data cifar10 --preset base                              for a GPU
-    python benchmarks/questions.py --table runs/questions-digits-0 runs/questions-digits-1   only the tables, over seeds and data sets
+    python benchmarks/questions.py --data digits                                             about
+    an hour on one CPU core python benchmarks/questions.py --data cifar10 --preset tiny
+    --student-iterations 500     2 to 3 hours on one CPU core python benchmarks/questions.py --data
+    cifar10 --preset base                              for a GPU python benchmarks/questions.py
+    --table runs/questions-digits-0 runs/questions-digits-1   only the tables, over seeds and data
+    sets
 
-Whatever run_cifar.py takes may follow. Each variant has a folder in --out (default: runs/questions-DATA-SEED); what is there is not
-repeated, so the same command goes on after an interruption.
+Whatever run_cifar.py takes may follow. Each variant has a folder in --out (default:
+runs/questions-DATA-SEED); what is there is not repeated, so the same command goes on after an
+interruption.
 """
 
 import json
@@ -20,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mcm
 import run_cifar
 
-# Of every variant: what it changes, and for which K. The rest is as in "base": DDIM in the teacher's step, N annealed, squared distance
-# for K = 1 and Huber for more, weights from the teacher.
+# Of every variant: what it changes, and for which K. The rest is as in "base": DDIM in the
+# teacher's step, N annealed, squared distance for K = 1 and Huber for more, weights from the
+# teacher.
 VARIANTS = {
     "base": "--steps 1 2 4 8 --x-var none",
     "ct": "--steps 1 8 --x-var none --method ct",
@@ -90,9 +95,11 @@ QUESTIONS = [
 
 def study(argv: list[str]) -> Path:
     """Make what is not there yet; -> the folder."""
-    args = run_cifar.parse(argv)
-    out = args.out_given or Path(f"runs/questions-{args.data}-{args.seed}")
-    first, last = min(args.grid[0], args.max_points), min(args.grid[1], args.max_points)
+    config = run_cifar.parse(argv)
+    out = Path(f"runs/questions-{config.data}-{config.seed}")
+    if "--out" in argv:
+        out = config.out
+    first, last = (min(n, config.max_points) for n in config.grid)
     for name, flags in VARIANTS.items():
         folder = out / name
         if (folder / "results.json").is_file():
@@ -122,8 +129,10 @@ def study(argv: list[str]) -> Path:
 
 
 def answers(folders: list[Path]) -> str:
-    """One table per question, in markdown. Of each data set: the mean Fréchet distance over its folders, which differ in their seeds, with the
-    spread, and in brackets the mean ratio to the teacher's 64 steps."""
+    """One table per question, in markdown. Of each data set: the mean Fréchet distance over its
+    folders, which differ in their seeds, with the spread, and in brackets the mean ratio to the
+    teacher's 64 steps.
+    """
     runs: dict[str, list[dict]] = {}
     for folder in folders:
         made = {

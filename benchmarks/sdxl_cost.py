@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""What distilling SDXL costs: seconds per training step and peak memory of each recipe, on a UNet of SDXL-base's size with random weights (no download).
+"""What distilling SDXL costs: seconds per training step and peak memory of each recipe, on a UNet
+of SDXL-base's size with random weights (no download).
 
-python benchmarks/sdxl_cost.py --out results/sdxl_cost.json                 on a GPU, 1024x1024, bf16
-python benchmarks/sdxl_cost.py --size tiny --out cost.json                  anywhere, to see that it works
+python benchmarks/sdxl_cost.py --out results/sdxl_cost.json                 on a GPU, 1024x1024,
+bf16 python benchmarks/sdxl_cost.py --size tiny --out cost.json                  anywhere, to see
+that it works
 """
 
 import argparse
@@ -18,11 +20,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mcm.errors import InputError
-from mcm.lab.options import describe, pick_device, write
+from mcm.lab.checkpoint import write
+from mcm.lab.options import hardware, pick_device
 from mcm.lab.run import Training
-from mcm.latent.distil import Captioned, distil
+from mcm.latent.distil import Distillation, distil
+from mcm.latent.recipes import RECIPES
 from mcm.latent.sdxl import SDXL, Condition
-from mcm.recipes import RECIPES
 
 SIZES = {
     "base": dict(
@@ -86,7 +89,9 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict:
-    """One row per phase of the recipe: seconds per step (the fastest third, after the first two) and peak memory."""
+    """One row per phase of the recipe: seconds per step (the fastest third, after the first two)
+    and peak memory.
+    """
     sdxl = SDXL(pipeline(size, device, dtype), rank, checkpointing=checkpointing)
     if checkpointing:
         sdxl.unet.train()
@@ -96,7 +101,8 @@ def measure(
         torch.randn(n, 1280),
         torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]]).expand(n, 6),
     )
-    data, rows = Captioned(["a"] * n, cond, torch.randn(n, 4, latent, latent)), []
+    latents = torch.randn(n, 4, latent, latent)
+    rows = []
     made = RECIPES[recipe](4)
     for number, phase in enumerate(made.phases):
         one = made.__class__((phase,), made.renoise, made.summary)
@@ -112,16 +118,19 @@ def measure(
             precision="bf16" if dtype == torch.bfloat16 else "fp32",
         )
         with tempfile.TemporaryDirectory() as folder:
-            distil(
+            job = Distillation(
                 sdxl,
-                one,
-                data,
+                ["a"] * n,
+                cond,
+                latents,
                 settings,
-                8.0,
                 Path(folder),
                 "x",
-                reward=(lambda images, prompts: images.mean((1, 2, 3)), 1.0),
+                guidance=8.0,
+                reward=lambda images, prompts: images.mean((1, 2, 3)),
+                reward_level=1.0,
             )
+            distil(job, one)
             lines = [
                 json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()
             ]
@@ -167,7 +176,7 @@ def main() -> None:
     results = (
         json.loads(args.out.read_text())
         if args.out.is_file()
-        else {"hardware": describe(device), "size": args.size, "rank": rank, "rows": []}
+        else {"hardware": hardware(device), "size": args.size, "rank": rank, "rows": []}
     )
     have = {(r["recipe"], r["batch"], r["checkpointing"]) for r in results["rows"]}
     for batch in args.batches:

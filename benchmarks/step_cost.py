@@ -4,8 +4,9 @@
     python benchmarks/step_cost.py                  the digits network, CPU
     python benchmarks/step_cost.py --size 32        a 1.2 M-parameter network on 32x32 images
 
-By counting network passes (a backward pass costs two forward ones): teacher 3, consistency training 4, distillation 5,
-so 4/3 and 5/3. A step here is the loss, its gradient and the optimiser. The three are timed in turn, many times over, and
+By counting network passes (a backward pass costs two forward ones): teacher 3, consistency training
+4, distillation 5, so 4/3 and 5/3. A step here is the loss, its gradient and the optimiser. The
+three are timed in turn, many times over, and
 compared repeat by repeat: machines drift.
 """
 
@@ -22,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mcm
-from mcm import recipes
+from mcm import multistep
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -55,11 +56,11 @@ teacher = (
 optimizer = torch.optim.Adam(student.parameters(), 1e-5, fused=True)
 x = torch.rand(args.batch, shape["in_channels"], args.size, args.size, device=args.device) * 2 - 1
 labels = torch.randint(10, (args.batch,), device=args.device)
-stage = recipes.mcm(8)
+method = multistep(8)
 STEPS = {
     "teacher": lambda: mcm.diffusion_loss(student, x, labels),
-    "ct": lambda: mcm.consistency_loss(student, x, labels, stage),
-    "cd": lambda: mcm.consistency_loss(student, x, labels, stage, teacher=teacher),
+    "ct": lambda: mcm.consistency_loss(student, x, labels, method),
+    "cd": lambda: mcm.consistency_loss(student, x, labels, method, teacher=teacher),
 }
 
 

@@ -1,17 +1,22 @@
 #!/usr/bin/env python3
-"""This UNet beside three others of equal size: images per second in training and in a forward pass, and what they learn from equal images.
+"""This UNet beside three others of equal size: images per second in training and in a forward pass,
+and what they learn from equal images.
 
-    pip install -r requirements-benchmarks.txt
-    python benchmarks/unet_speed.py                                  1.7 M parameters, one CPU thread, under 3 minutes
-    python benchmarks/unet_speed.py --parameters 35e6 --batch 256    on a GPU: bf16 and channels_last for all of them
-    python benchmarks/unet_speed.py --learn 2000 --size 16           train each on CIFAR-10 (--data-dir) at 16x16: 40 minutes on one CPU thread
+    pip install -r requirements-benchmarks.txt python benchmarks/unet_speed.py
+    1.7 M parameters, one CPU thread, under 3 minutes python benchmarks/unet_speed.py --parameters
+    35e6 --batch 256    on a GPU: bf16 and channels_last for all of them python
+    benchmarks/unet_speed.py --learn 2000 --size 16           train each on CIFAR-10 (--data-dir) at
+    16x16: 40 minutes on one CPU thread
 
-All but the last two have three levels of 1, 2 and 2 times their first width and attention in the second (denoising-diffusion-pytorch:
-linear attention elsewhere, which it cannot do without), no dropout, no classes, on RGB; widths, and 1 to 3 residual blocks a level where
-there is a choice, are those that come nearest in parameters. "mcm, 1 2 3" and "mcm, 1 2 4" are this UNet with one block a level, wider
-where there are few pixels: the first with attention in the lower two levels, the second as in the small presets. A training step is
-forward, squared error, backward, clipping and fused AdamW. They are timed in turn, many times over, and compared repeat by repeat:
-machines drift. --learn trains each alone, from the same batches, times and noise, on the v-loss.
+All but the last two have three levels of 1, 2 and 2 times their first width and attention in the
+second (denoising-diffusion-pytorch: linear attention elsewhere, which it cannot do without), no
+dropout, no classes, on RGB; widths, and 1 to 3 residual blocks a level where there is a choice, are
+those that come nearest in parameters. "mcm, 1 2 3" and "mcm, 1 2 4" are this UNet with one block a
+level, wider
+where there are few pixels: the first with attention in the lower two levels, the second as in the
+small presets. A training step is forward, squared error, backward, clipping and fused AdamW. They
+are timed in turn, many times over, and compared repeat by repeat: machines drift. --learn trains
+each alone, from the same batches, times and noise, on the v-loss.
 """
 
 import argparse
@@ -31,9 +36,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mcm
-from mcm.lab.data import load_data, to_float
-from mcm.lab.options import describe, write
-from mcm.lab.run import Training, batch_indices
+from mcm.lab.checkpoint import write
+from mcm.lab.data import batch_indices, load_data, to_float
+from mcm.lab.options import hardware
+from mcm.lab.run import Training
 
 
 def parameters(network: nn.Module) -> int:
@@ -43,7 +49,9 @@ def parameters(network: nn.Module) -> int:
 def ours(
     multipliers: tuple[int, ...], attention: tuple[int, ...], only: int | None = None
 ) -> Callable[[int, int, int], nn.Module]:
-    """This UNet with attention in the levels `attention`, counted from 0, and any number of blocks a level or `only` so many."""
+    """This UNet with attention in the levels `attention`, counted from 0, and any number of blocks
+    a level or `only` so many.
+    """
 
     def make(size: int, channels: int, blocks: int) -> nn.Module:
         if only not in (None, blocks):
@@ -99,7 +107,8 @@ def smalldiffusion(size: int, channels: int, blocks: int) -> nn.Module:
     )
 
 
-# how each is made, and how it is called with images z (B, 3, H, W) and times t (B,) in (0, 1): in the time that it expects
+# how each is made, and how it is called with images z (B, 3, H, W) and times t (B,) in (0, 1): in
+# the time that it expects
 NETWORKS: dict[
     str, tuple[Callable[[int, int, int], nn.Module], Callable[[nn.Module, Tensor, Tensor], Tensor]]
 ] = {
@@ -118,7 +127,9 @@ NETWORKS: dict[
 def nearest(
     make: Callable[[int, int, int], nn.Module], size: int, target: float
 ) -> nn.Module | None:
-    """The network whose size is nearest; None if the package is not there. Widths that a network cannot have are passed over."""
+    """The network whose size is nearest; None if the package is not there. Widths that a network
+    cannot have are passed over.
+    """
     best = None
     for channels, blocks in itertools.product(range(8, 321, 8), (1, 2, 3)):
         try:
@@ -138,7 +149,9 @@ def nearest(
 def speeds(
     networks: dict[str, nn.Module], args: argparse.Namespace, device: torch.device
 ) -> dict[str, dict]:
-    """By name: images per second in training and forward, and ours over it, repeat by repeat: median, smallest, largest."""
+    """By name: images per second in training and forward, and ours over it, repeat by repeat:
+    median, smallest, largest.
+    """
     optimizers = {
         name: torch.optim.AdamW(network.parameters(), 1e-5, fused=True)
         for name, network in networks.items()
@@ -192,7 +205,9 @@ def speeds(
 def learned(
     network: nn.Module, call: Callable, args: argparse.Namespace, device: torch.device
 ) -> dict:
-    """Train on CIFAR-10 for args.learn steps; -> the v-loss on its held-out images, before and after, and the seconds."""
+    """Train on CIFAR-10 for args.learn steps; -> the v-loss on its held-out images, before and
+    after, and the seconds.
+    """
     data = load_data("cifar10", args.data_dir, args.size).to(device)
     model = mcm.Denoiser(
         lambda z, t, cond: call(network, z.to(memory_format=torch.channels_last), t.float()),
@@ -282,7 +297,7 @@ def main(argv: list[str]) -> int:
         if network is not None
     }
     about = SimpleNamespace(
-        hardware=describe(device),
+        hardware=hardware(device),
         torch=torch.__version__,
         python=platform.python_version(),
         size=args.size,

@@ -2,7 +2,8 @@
 
 
 class InputError(ValueError):
-    """A file, option or argument that cannot work. The message says what was wrong and what to do about it.
+    """A file, option or argument that cannot work: the message says what was wrong and what to do.
 
-    `run_cifar.py` prints it as one paragraph and exits with code 2; as a library it is an ordinary ValueError.
+    The scripts print it as one paragraph and exit with code 2; for a caller of the library it is an
+    ordinary ValueError.
     """

@@ -1,28 +1,42 @@
-"""The two losses: diffusion, and the one consistency loss that all recipes share (arXiv 2403.06807, Algorithm 1).
+"""The two losses: diffusion, and the one consistency loss that all methods share.
 
-z_t  --teacher, one solver step-->  z_s
- |                                   |
- | student x_hat(z_t, t)             | student x_hat(z_s, s), no gradient
- v                                   v
-DDIM t->q  .. should agree with ..  DDIM s->q
+    z_t  --teacher, one solver step-->  z_s
+     |                                   |
+     | student x_hat(z_t, t)             | student x_hat(z_s, s), no gradient
+     v                                   v
+    DDIM t->q  .. should agree with ..  DDIM s->q
+
+(arXiv 2403.06807, Algorithm 1.)
 """
 
+from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .lab import distributed as parallel
-from .recipes import Stage
-from .sampling import STATES, noised, rows
-from .schedule import DiscreteSchedule, Schedule
-from .solvers import addim, ddim, er_sde, expand, inverse_ddim, mean_over_dims
+from .method import Method
+from .sampling import noised
+from .schedule import DiscreteSchedule, Schedule, time_dtype
+from .solvers import (
+    addim_aim,
+    ddim,
+    ddim_coefficients,
+    er_sde_aim,
+    expand,
+    joined_aim,
+    mean_over_dims,
+)
 
 
 class LossOutput(NamedTuple):
-    """loss: scalar, the mean of per_sample (B,). x_hat (with gradient), x_target, z_t: like x. t: (B,). x: the clean image that z_t was
-    noised from, None if it was not; cond: the conditions used."""
+    """What a loss returns: `loss`, a scalar, is the mean of `per_sample`, (B,).
+
+    x_hat (with gradient), x_target, z_t: like x. t: (B,). x: the clean image behind z_t, or None;
+    cond: the conditions used.
+    """
 
     loss: Tensor
     per_sample: Tensor
@@ -34,25 +48,27 @@ class LossOutput(NamedTuple):
     cond: Any
 
 
+def restored_randomness(device: torch.device) -> AbstractContextManager:
+    """Within this block random numbers are drawn as ever; after it, as if none had been drawn."""
+    devices = [] if device.type == "cpu" else [device]
+    return torch.random.fork_rng(devices, device_type=device.type)
+
+
 def stratified_times(
     n: int, device: torch.device, generator: torch.Generator | None = None
 ) -> Tensor:
-    """(n,) times, each uniform on (0, 1], one in each of n equal strata: a batch covers all noise levels evenly, so its loss varies
-    less than with independent draws (the low-discrepancy sampler of variational diffusion models, arXiv 2107.00630)."""
+    """(n,) times, each uniform on (0, 1], one in each of n equal strata.
 
-    def whole(n: int) -> Tensor:
-        u = torch.rand(n, device=device, generator=generator, dtype=torch.float64)
-        return 1 - (torch.arange(n, device=device) + u) / n
-
-    return parallel.draw(whole, n)
+    So a batch covers all noise levels evenly, and its loss varies less than with independent draws
+    (the low-discrepancy sampler of variational diffusion models, arXiv 2107.00630).
+    """
+    u = torch.rand(n, device=device, generator=generator, dtype=time_dtype(device))
+    return 1 - (torch.arange(n, device=device) + u) / n
 
 
 def normal_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal noise of the shape, type and device of x, (B, ...)."""
-    return parallel.draw(
-        lambda n: torch.randn(n, *x.shape[1:], dtype=x.dtype, device=x.device, generator=generator),
-        len(x),
-    )
+    """Standard normal noise of the shape, type and device of x."""
+    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
 
 
 def diffusion_loss(
@@ -64,15 +80,17 @@ def diffusion_loss(
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> LossOutput:
-    """The v-loss |v - v_hat|^2 = |x - x_hat|^2 / sigma_t^2, averaged over dimensions (arXiv 2202.00512).
+    """The v-prediction loss: mean over dimensions of (v - v_hat)^2 = ((x - x_hat) / sigma_t)^2.
 
-    x: (B, ...) images in [-1, 1]; cond: passed to the denoiser; t: (B,) in (0, 1] and noise: like x, drawn when not given.
+    x: (B, ...) images in [-1, 1]. cond: passed to the denoiser. t: (B,) in (0, 1] and noise: like
+    x; both are drawn when not given.
     """
+    schedule = denoiser.schedule
     t = stratified_times(len(x), x.device, generator) if t is None else t
     noise = normal_like(x, generator) if noise is None else noise
-    z_t = noised(x, t, noise, denoiser.schedule)
+    z_t = noised(x, t, noise, schedule)
     x_hat = denoiser(z_t, t, cond)
-    per_sample = mean_over_dims(((x - x_hat) / expand(denoiser.schedule(t)[1], x)) ** 2)
+    per_sample = mean_over_dims(((x - x_hat) / expand(schedule(t)[1], x)) ** 2)
     return LossOutput(per_sample.mean(), per_sample, x_hat, x, z_t, t, x, cond)
 
 
@@ -80,146 +98,159 @@ def consistency_loss(
     student: nn.Module,
     x: Tensor | None,
     cond: Any,
-    stage: Stage,
+    method: Method,
     *,
     teacher: nn.Module | None = None,
     target: nn.Module | None = None,
     progress: float = 1.0,
     t: Tensor | None = None,
     noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    z_t: Tensor | None = None,
 ) -> LossOutput:
-    """The multistep consistency loss, in clean-image space (arXiv 2403.06807, eqs. 6-8 and Algorithm 1).
+    """The multistep consistency loss, in clean-image space (arXiv 2403.06807, eqs. 6-8).
 
-    x: (B, ...) images in [-1, 1]; cond: passed to every network. teacher: a frozen diffusion denoiser (distillation, CD), or None:
-    the image itself takes its place (consistency training, CT). target: the network that answers at z_s; None is the student
-    itself without gradient. progress: the fraction of the run done, which sets the grid. t: (B,) in (0, 1], moved to the
-    nearest grid point; noise: like x; both are drawn when not given. If the student has dropout, both its calls share one mask.
-    A stage whose z_t do not come from data needs no x: then `noise` is the pure noise that its runs start from, and must be given.
+    student: its x_hat(z_t, t) is compared with the target, and has a gradient.
+    x: (B, ...) images in [-1, 1].
+    cond: passed to every network.
+    teacher: a frozen diffusion denoiser (distillation, CD), or None: the image itself takes its
+        place (consistency training, CT).
+    target: the network that answers at z_s; None is the student itself without gradient. If the
+        student has dropout, both its calls share one mask.
+    progress: the fraction of the run done, which sets the grid.
+    t: (B,) in (0, 1], moved up to the next grid point; noise: like x. Drawn, as all that is random
+        here, from torch's own random state when not given.
+    z_t: noisy images at these t, in place of noised x. Then x may be None: with a teacher, and
+        unless method.x_var is "mse".
 
-    The target. Let lambda = sigma / alpha, and let x_step be the x_hat for which plain DDIM makes the teacher's step z_t -> z_s
-    (x_step = inverse_ddim(z_s, z_t); the teacher's x_hat itself when its step is DDIM). Asking that DDIM t->q of the student's x_hat land where DDIM s->q of x_hat(z_s, s) does,
-    and solving for x_hat, gives a convex combination:
+    Asking that DDIM t->q of the student's x_hat land where DDIM s->q of x_hat(z_s, s) does, and
+    solving for x_hat, gives a convex combination of what the teacher's step aims at and of
+    x_hat(z_s, s): `joined_aim`. At s = q it is the teacher's alone, so the student has no say: this
+    keeps the loss from collapsing. With one segment q = 0, and it is x_hat(z_s, s) for s > 0: the
+    loss of consistency models. With as many segments as grid points always s = q, and in CT the
+    step aims at x: diffusion.
 
-        x_target = (1 - rho) x_hat(z_s, s) + rho x_step,   rho = lambda_q (lambda_t - lambda_s) / (lambda_s (lambda_t - lambda_q)).
-
-    (In the coordinates z / alpha, DDIM moves on a straight line in lambda towards x_hat; the two straight lines t->s and s->q are
-    replaced by the one t->q, whose slope is the average of theirs, weighted by lambda_t - lambda_s and lambda_s - lambda_q.)
-    At s = q rho is 1, so the student has no say: this is what keeps the loss from collapsing. With one segment q = 0 and rho = 0 for
-    s > 0: the loss of consistency models. With as many segments as grid points always s = q, and in CT x_step = x: diffusion.
-    inverse_ddim divides by a difference of order t - s; float64 keeps its rounding below the Huber constant.
-
-    Raises InputError if the grid is finer than a discrete schedule's own.
+    Raises InputError if an input is missing, or if the grid is finer than a discrete schedule's
+    own.
     """
-    schedule, per_segment = student.schedule, stage.points_per_segment(progress)
-    grid = per_segment * stage.student_steps
-    if isinstance(schedule, DiscreteSchedule) and grid > len(schedule.alphas_cumprod):
-        raise InputError(
-            f"a grid of {grid} points is finer than the schedule's {len(schedule.alphas_cumprod)} steps: lower teacher_steps"
-        )
-    if x is None and noise is None:
-        raise InputError(
-            "without images, pass the noise that the runs start from: its shape is the images'"
-        )
-    B, device = len(noise if x is None else x), (noise if x is None else x).device
-    if t is not None:
-        i = torch.round(t.double() * grid)
-    else:
-        i = torch.ceil(stratified_times(B, device, generator) * grid)
-    if stage.share_run:  # neighbours fall through the segments of one run
-        if B % stage.run:
-            raise InputError(
-                f"a batch of {B} cannot share teacher runs of {stage.run} states: use a multiple of {stage.run}"
-            )
-        i = i if t is not None else i.reshape(stage.run, -1).T.flatten()
-        cond = rows(cond, torch.arange(B, device=device) // stage.run * stage.run)
-    i = i.long().clamp(1, grid)
-    i_q = (
-        (i - 1) // per_segment * per_segment
-    )  # the top of a segment, i = q + T/K, belongs to it: the sampler starts there
-    i_s = torch.maximum(i - stage.skip, i_q)
-    t, s, q = (index.double() / grid for index in (i, i_s, i_q))
+    schedule = student.schedule
+    if z_t is None and x is None or z_t is not None and t is None:
+        raise InputError("pass images x, or noisy images z_t together with their times t")
+    if x is None and (teacher is None or method.x_var == "mse"):
+        raise InputError("without images x, pass a teacher, and a method whose x_var is not 'mse'")
 
-    noise = normal_like(x, generator) if noise is None else noise
-    z_t, x = STATES[stage.z_from](stage, x, noise, t, cond, student, teacher, generator)
+    # 1. A time t, a little lower s, and the start q of their segment.
+    if t is None:
+        t = draw_times(method, len(x), progress, x.device)
+    t, s, q = _segment_times(method, t, progress, schedule)
+
+    # 2. A noisy image at t.
+    if z_t is None:
+        noise = normal_like(x) if noise is None else noise
+        z_t = noised(x, t, noise, schedule)
+
     with torch.no_grad():
-        z_s, x_step = _teacher_step(stage, x, z_t, t, s, cond, student, teacher, generator)
-        # The target's call comes first and leaves the random state as it found it: the student below draws the same dropout mask.
-        with torch.random.fork_rng(
-            [] if z_t.device.type == "cpu" else [z_t.device], device_type=z_t.device.type
-        ):
-            x_s = (student if target is None else target)(z_s.to(z_t.dtype), s, cond)
-        rho = expand(_rho(t, s, q, schedule), x_step)
-        x_target = ((1 - rho) * x_s + rho * x_step).to(z_t.dtype)
+        # 3. One teacher step down to s (no teacher: the true noise takes its place), as a DDIM step
+        #    towards x_step.
+        if teacher is None:
+            x_step = x
+            z_s = ddim(x, z_t, t, s, schedule)
+        else:
+            x_step, z_s = _teacher_step(method, teacher, x, z_t, t, s, cond, schedule)
 
+        # 4. The student's own answer there, without gradient. This call comes first and leaves the
+        #    random state as it found it: in step 6 the student draws the same dropout mask.
+        with restored_randomness(z_t.device):
+            x_s = (student if target is None else target)(z_s, s, cond)
+
+        # 5. The x_hat whose DDIM step t -> q lands where those two steps do: t -> s -> q.
+        x_target = joined_aim(x_step, x_s, t, s, q, schedule)
+
+    # 6. Compare.
     x_hat = student(z_t, t, cond)
-    residual = expand(_weight(stage, t, q, schedule), z_t) * (x_target - x_hat)
-    if stage.distance == "squared":
-        per_sample = mean_over_dims(residual**2)
-    elif stage.distance == "huber":
-        per_sample = torch.sqrt(mean_over_dims(residual**2) + stage.c**2) - stage.c
-    else:
-        per_sample = mean_over_dims(torch.sqrt(residual**2 + stage.c**2) - stage.c)
+    weight = WEIGHTS[method.weight](t, q, schedule)
+    per_sample = DISTANCES[method.distance](
+        expand(weight, z_t) * (x_target - x_hat), method.huber_c
+    )
     return LossOutput(per_sample.mean(), per_sample, x_hat, x_target, z_t, t, x, cond)
 
 
+# The factor on the difference of clean images, (B,), by the name of what it makes of it.
+WEIGHTS = {
+    "v": lambda t, q, schedule: 1 / schedule(t)[1],
+    "x": lambda t, q, schedule: torch.ones_like(t),
+    "q": lambda t, q, schedule: ddim_coefficients(t, q, schedule)[1],
+}
+
+# (B, ...), c -> (B,)
+DISTANCES = {
+    "huber": lambda r, c: torch.sqrt(mean_over_dims(r**2) + c**2) - c,
+    "huber_elementwise": lambda r, c: mean_over_dims(torch.sqrt(r**2 + c**2) - c),
+    "squared": lambda r, c: mean_over_dims(r**2),
+}
+
+
+def draw_times(method: Method, n: int, progress: float, device: torch.device) -> Tensor:
+    """(n,) points of the method's grid at this progress, one in each of n equal strata."""
+    grid = method.points_per_segment(progress) * method.student_steps
+    t = stratified_times(n, device)
+    return grid_points(t, grid).to(t.dtype) / grid
+
+
+def grid_points(t: Tensor, grid: int) -> Tensor:
+    """(B,) times -> the integer i of the next grid point i / grid above, or of the one that t is."""
+    rounding = 4 * grid * torch.finfo(t.dtype).eps
+    return torch.ceil(t * grid - rounding).long().clamp(1, grid)
+
+
+def _segment_times(
+    method: Method, t: Tensor, progress: float, schedule: Schedule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> t, s, q, (B,) each: the grid point at t, one `skip` below it, their segment's start."""
+    per_segment = method.points_per_segment(progress)
+    grid = per_segment * method.student_steps
+    if isinstance(schedule, DiscreteSchedule) and grid > len(schedule.alphas_cumprod):
+        raise InputError(
+            f"a grid of {grid} points is finer than the schedule's "
+            f"{len(schedule.alphas_cumprod)} steps: lower teacher_steps"
+        )
+    dtype = time_dtype(t.device)
+    i = grid_points(t, grid)
+    # the top of a segment, i = q + T/K, belongs to it: the sampler starts there
+    i_q = (i - 1) // per_segment * per_segment
+    i_s = torch.maximum(i - method.skip, i_q)
+    return i.to(dtype) / grid, i_s.to(dtype) / grid, i_q.to(dtype) / grid
+
+
 def _teacher_step(
-    stage: Stage,
+    method: Method,
+    teacher: nn.Module,
     x: Tensor | None,
     z_t: Tensor,
     t: Tensor,
     s: Tensor,
     cond: Any,
-    student: nn.Module,
-    teacher: nn.Module | None,
-    generator,
+    schedule: Schedule,
 ) -> tuple[Tensor, Tensor]:
-    """-> z_s, and the x_hat for which plain DDIM makes this step, both float64."""
-    schedule, z = student.schedule, z_t.double()
-    if teacher is None:  # consistency training: the true noise needs no adjustment
-        return ddim(x.double(), z, t, s, schedule), x.double()
-    x_prev = t_prev = None
-    for k in range(stage.sub_steps):
-        a, b = (t - (t - s) * n / stage.sub_steps for n in (k, k + 1))
-        x_step = teacher(z.to(z_t.dtype), a, cond).double()
-        if stage.noise:
-            z = er_sde(x_step, z, a, b, schedule, x_prev, t_prev, stage.noise, generator)
-            x_prev, t_prev = (x_step, a) if stage.order == 2 else (None, None)
-        elif stage.x_var:
-            z = addim(x_step, z, a, b, schedule, _x_var(stage, x, x_step, teacher, z, a, cond))
+    """The teacher's sub-steps. -> the x towards which one DDIM step does the same, and z_s."""
+    # the last one is s itself: rounded to 1e-17, 0 would not be the clean image
+    times = [*(t - (t - s) * k / method.sub_steps for k in range(method.sub_steps)), s]
+    z = z_t
+    x_step = torch.zeros_like(z_t)
+    before = (None, None)
+    for a, b in pairwise(times):
+        x_hat = teacher(z, a, cond)
+        if method.teacher_eta:
+            aim = er_sde_aim(x_hat, z, a, b, schedule, *before, method.teacher_eta)
+            before = (x_hat, a) if method.solver_order == 2 else (None, None)
+        elif method.x_var:
+            x_var = None  # "prior" is addim's own default
+            if method.x_var == "mse":  # the error of the teacher *without* guidance
+                conditional = getattr(teacher, "conditional", None)
+                x_plain = conditional(z, a, cond) if conditional else x_hat
+                x_var = method.x_var_fraction * mean_over_dims((x_plain - x).to(a.dtype) ** 2)
+            aim = addim_aim(x_hat, z, a, b, schedule, x_var)
         else:
-            z = ddim(x_step, z, a, b, schedule)
-    if stage.sub_steps == 1 and not stage.noise and not stage.x_var:
-        return z, x_step
-    return z, inverse_ddim(z, z_t.double(), t, s, schedule)
-
-
-def _rho(t: Tensor, s: Tensor, q: Tensor, schedule: Schedule) -> Tensor:
-    """The weight of x_step in the target, times alpha_t alpha_s alpha_q above and below so that alpha_1 = 0 does no harm."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s), (alpha_q, sigma_q) = (
-        schedule(t),
-        schedule(s),
-        schedule(q),
-    )
-    above = sigma_q * (sigma_t * alpha_s - sigma_s * alpha_t)
-    below = sigma_s * (sigma_t * alpha_q - sigma_q * alpha_t)
-    return torch.where(s == q, 1.0, above / torch.where(s == q, 1.0, below))
-
-
-def _weight(stage: Stage, t: Tensor, q: Tensor, schedule: Schedule) -> Tensor:
-    """The factor on the difference of clean images that `stage.weight` names."""
-    (alpha_t, sigma_t), (alpha_q, sigma_q) = schedule(t), schedule(q)
-    if stage.weight == "v":
-        return 1 / sigma_t
-    return torch.ones_like(t) if stage.weight == "x" else alpha_q - alpha_t * sigma_q / sigma_t
-
-
-def _x_var(
-    stage: Stage, x: Tensor, x_teacher: Tensor, teacher: nn.Module, z_t: Tensor, t: Tensor, cond
-) -> Tensor | None:
-    """aDDIM's variance per dimension, (B,). For "mse" the paper asks for the teacher *without* guidance."""
-    if stage.x_var == "prior":
-        return None  # addim's own default
-    conditional = getattr(teacher, "conditional", None)
-    x_plain = x_teacher if conditional is None else conditional(z_t, t, cond)
-    return stage.eta * mean_over_dims((x_plain - x).to(t.dtype) ** 2)
+            aim = x_hat
+        x_step = joined_aim(x_step, aim, t, a, b, schedule)
+        z = ddim(aim, z, a, b, schedule)
+    return x_step, z

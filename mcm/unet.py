@@ -1,10 +1,12 @@
 """The network: a small UNet for 8x8 to 64x64 images, by hand.
 
-    image -> conv -> [blocks, halve] x levels -> middle -> [double, blocks] x levels -> conv -> output like the image
-                       `------------- skip connections, concatenated -------------'
+    image -> conv -> [blocks, halve] x levels -> middle -> [double, blocks] x levels -> conv ->
+                       output like the image `------------- skip connections, concatenated
+                       -------------'
 
-Every block hears the time and the class through a scale and a shift of its second normalisation (as in ADM, arXiv 2105.05233).
-Every block's last layer starts at zero, so that the untrained network is almost the identity in depth and trains stably.
+Every block is conditioned on the time and the class by a scale and a shift of its second
+normalisation (as in ADM, arXiv 2105.05233). Every block's last layer starts at zero, so that the
+untrained network is almost the identity in depth and trains stably.
 """
 
 import math
@@ -27,7 +29,9 @@ def zero(layer: nn.Module) -> nn.Module:
 
 
 class TimeEmbedding(nn.Module):
-    """t in [0, 1], (B,) -> (B, width): sines and cosines of 1000 t at geometric frequencies, then two layers."""
+    """t in [0, 1], (B,) -> (B, width): sines and cosines of 1000 t at geometric frequencies, then
+    two layers.
+    """
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -45,16 +49,17 @@ class TimeEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around a modulation by time and class; x: (B, c_in, H, W) -> (B, c_out, H, W)."""
+    """Two 3x3 convolutions around a modulation by time and class: (B, c_in, H, W) -> (B, c_out, H,
+    W).
+    """
 
     def __init__(self, c_in: int, c_out: int, width: int, dropout: float):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(GROUPS, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1 = nn.GroupNorm(GROUPS, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.modulation = nn.Linear(width, 2 * c_out)
-        self.norm2, self.conv2 = (
-            nn.GroupNorm(GROUPS, c_out),
-            zero(nn.Conv2d(c_out, c_out, 3, padding=1)),
-        )
+        self.norm2 = nn.GroupNorm(GROUPS, c_out)
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -66,14 +71,16 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, in heads of about `head_channels` channels; x: (B, C, H, W) -> the same shape."""
+    """Self-attention over all pixels, in heads of about `head_channels` channels; keeps the shape
+    (B, C, H, W).
+    """
 
     def __init__(self, channels: int, head_channels: int = 32):
         super().__init__()
-        self.heads = next(
-            n for n in range(max(1, channels // head_channels), 0, -1) if channels % n == 0
-        )
-        self.norm, self.qkv = nn.GroupNorm(GROUPS, channels), nn.Conv2d(channels, 3 * channels, 1)
+        most = max(1, channels // head_channels)
+        self.heads = next(n for n in range(most, 0, -1) if channels % n == 0)
+        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,12 +104,17 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """network(z, t, cond): z (B, C, H, W), t (B,) in [0, 1], cond (B,) class labels or None -> (B, C, H, W).
+    """network(z, t, cond): z (B, C, H, W), t (B,) in [0, 1], cond (B,) labels or None -> (B, C, H,
+    W).
 
-    image_size: height and width; must be divisible by 2 ** (levels - 1). channels: width of the first level. multipliers: width of
-    each level over `channels`. blocks: residual blocks per level, on the way down and up. attention: the resolutions (in pixels)
-    that have attention. classes: number of classes, 0 for unconditional; label `classes` itself means "no class", as does
-    cond=None (what label dropout trains and guidance uses). Raises InputError for sizes that do not fit.
+    image_size: height and width; must be divisible by 2 ** (levels - 1).
+    channels: width of the first level.
+    multipliers: width of each level over `channels`.
+    blocks: residual blocks per level, on the way down and up.
+    attention: the resolutions (in pixels) that have attention.
+    classes: number of classes, 0 for unconditional. The label `classes` itself means "no class", as
+        does cond=None (what label dropout trains and guidance uses).
+    Raises InputError for sizes that do not fit.
     """
 
     def __init__(
@@ -116,34 +128,33 @@ class UNet(nn.Module):
         classes: int = 0,
         dropout: float = 0.0,
     ):
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
+        self.arguments = arguments  # for checkpoints: all that is needed to make this network again
         stride = 2 ** (len(multipliers) - 1)
         if image_size % stride:
             raise InputError(
-                f"image size {image_size} is not divisible by {stride}, which {len(multipliers)} resolution levels need"
+                f"image size {image_size} is not divisible by {stride}, "
+                f"which {len(multipliers)} resolution levels need"
             )
         if channels < 1 or channels % GROUPS:
             raise InputError(f"channels must be a positive multiple of {GROUPS}, not {channels}")
         if min(multipliers) < 1 or blocks < 1 or not 0 <= dropout < 1:
             raise InputError(
-                f"multipliers {list(multipliers)} and blocks {blocks} must be positive, and dropout {dropout} in [0, 1)"
+                f"multipliers {list(multipliers)} and blocks {blocks} must be positive, "
+                f"and dropout {dropout} in [0, 1)"
             )
-        self.arguments = dict(
-            image_size=image_size,
-            in_channels=in_channels,
-            channels=channels,
-            multipliers=list(multipliers),
-            blocks=blocks,
-            attention=list(attention),
-            classes=classes,
-            dropout=dropout,
-        )
-        self.classes, width = classes, 4 * channels
+        self.classes = classes
+        self.blocks = blocks
+        width = 4 * channels
         self.time = TimeEmbedding(channels, width)
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.first = nn.Conv2d(in_channels, channels, 3, padding=1)
 
-        self.down, self.up, skips, c = nn.ModuleList(), nn.ModuleList(), [], channels
+        self.down = nn.ModuleList()
+        self.up = nn.ModuleList()
+        skips = []
+        c = channels
         widths = [channels * m for m in multipliers]
         sizes = [image_size // 2**i for i in range(len(widths))]
         for size, w in zip(sizes, widths):
@@ -155,21 +166,21 @@ class UNet(nn.Module):
             for _ in range(blocks):
                 self.up.append(Level(c + skips.pop(), w, width, dropout, size in attention))
                 c = w
-        self.blocks = blocks
         self.last = nn.Sequential(
             nn.GroupNorm(GROUPS, c), nn.SiLU(), zero(nn.Conv2d(c, in_channels, 3, padding=1))
         )
-        self.to(
-            memory_format=torch.channels_last
-        )  # the layout that convolutions are fastest in, on CPU and GPU
+        # the layout that convolutions are fastest in, on CPU and GPU
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, z: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         emb = self.time(t)
         if self.label is not None:
-            emb = emb + self.label(
-                torch.full_like(t, self.classes, dtype=torch.long) if cond is None else cond
-            )
-        emb, h, skips = F.silu(emb), self.first(z), []
+            if cond is None:
+                cond = torch.full_like(t, self.classes, dtype=torch.long)
+            emb = emb + self.label(cond)
+        emb = F.silu(emb)
+        h = self.first(z)
+        skips = []
         for i, level in enumerate(self.down):
             if i and i % self.blocks == 0:
                 h = F.avg_pool2d(h, 2)

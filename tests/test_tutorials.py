@@ -1,4 +1,6 @@
-"""Every notebook and solution runs from top to bottom in a clean kernel, without a warning, and is committed with light outputs."""
+"""Every notebook and solution runs from top to bottom in a clean kernel, without a warning, and is
+committed with light outputs.
+"""
 
 import re
 import shutil

@@ -1,4 +1,6 @@
-"""The one-dimensional world of notebooks 1, 2, 3 and 6: two humps, their exact denoiser, the distance to them, and students for it."""
+"""The one-dimensional world of notebooks 1, 2, 3 and 6: two humps, their exact denoiser, the
+distance to them, and students for it.
+"""
 
 import math
 
@@ -52,7 +54,9 @@ class Network(nn.Module):
 
 
 class Table(nn.Module):
-    """A student without a network: x_hat(z, i / T) on a fine grid of z, linear in between. values: (T + 1, points), to be filled in."""
+    """A student without a network: x_hat(z, i / T) on a fine grid of z, linear in between. values:
+    (T + 1, points), to be filled in.
+    """
 
     schedule = schedule
 
@@ -71,8 +75,10 @@ class Table(nn.Module):
 
 
 def distilled(T: int, K: int, teacher: nn.Module = mixture, points: int = 6001) -> Table:
-    """The best K-step student of a teacher (consistency distillation): its target is a function of z_t, filled in from t = 0 upwards."""
-    student, stage = Table(T, K, points), mcm.Stage(K, (T, T), x_var=None, distance="squared")
+    """The best K-step student of a teacher (consistency distillation): its target is a function of
+    z_t, filled in from t = 0 upwards.
+    """
+    student, stage = Table(T, K, points), mcm.Method(K, (T, T), x_var=None, distance="squared")
     for i in range(1, T + 1):
         t = torch.full((points,), i / T).double()
         noise = (student.z / schedule(t)[1])[:, None]  # with x = 0, so that z_t = z

@@ -1,7 +1,8 @@
-"""One run on several processes, started by torchrun: torch's DistributedDataParallel, one process per GPU. Alone, all of this does nothing.
+"""One run on several processes, started by torchrun: DistributedDataParallel, one process per GPU.
 
-Every process draws the random numbers of the whole batch and keeps its own rows, so what a seed means does not depend on how many
-processes there are (but for dropout), and a run that several began can be ended by one.
+Alone, all of this does nothing. Every process draws the random numbers of the whole batch and keeps
+its own rows, so what a seed means does not depend on how many processes there are (but for
+dropout), and a run that several began can be ended by one.
 """
 
 import os
@@ -11,117 +12,123 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..losses import restored_randomness
 
 
-def place() -> tuple[int, int]:
-    """-> the number of this process, how many there are."""
-    return (
-        (dist.get_rank(), dist.get_world_size())
-        if dist.is_available() and dist.is_initialized()
-        else (0, 1)
-    )
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
-def first() -> bool:
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main() -> bool:
     """Whether this is the process that writes files and talks."""
-    return place()[0] == 0
+    return rank() == 0
 
 
 def start(device: str | None) -> str | None:
-    """Join the other processes, if torchrun started this one; -> the device for this process. All but the first fall silent.
-    Raises InputError where there are more processes than GPUs."""
+    """Join the other processes, if torchrun started this one; -> the device for this process.
+
+    All but the first fall silent. Raises InputError where there are more processes than GPUs.
+    """
     if "LOCAL_RANK" not in os.environ:
         return device
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
-        if (asked := int(os.environ["LOCAL_WORLD_SIZE"])) > (found := torch.cuda.device_count()):
+        asked = int(os.environ["LOCAL_WORLD_SIZE"])
+        found = torch.cuda.device_count()
+        if asked > found:
             raise InputError(
-                f"{asked} processes on a machine with {found} GPUs: use --nproc_per_node {found}, or --device cpu"
+                f"{asked} processes on a machine with {found} GPUs: use --nproc_per_node {found}, "
+                "or --device cpu"
             )
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
-    if not first():
-        sys.stdout, begin = open(os.devnull, "w"), tqdm.__init__
-        tqdm.__init__ = lambda bar, *arguments, **options: begin(
-            bar, *arguments, **options | {"disable": True}
-        )
+    if not is_main():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        tqdm.__init__ = _silent_bar
     return device
 
 
+_bar = tqdm.__init__
+
+
+def _silent_bar(self, *arguments, **options) -> None:
+    _bar(self, *arguments, **options | {"disable": True})
+
+
 def stop() -> None:
-    if dist.is_available() and dist.is_initialized():
+    if is_distributed():
         dist.destroy_process_group()
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all processes are here."""
-    if place()[1] > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
-def in_turn(make: Callable):
+def main_first(make: Callable):
     """make() in the first process, and when it is done in the others, which then find its files."""
-    if first():
+    if is_main():
         made = make()
-    wait()
-    return made if first() else make()
+    barrier()
+    return made if is_main() else make()
 
 
-def own(x: Tensor) -> Tensor:
+def shard(x: Tensor) -> Tensor:
     """The rows of x, (n, ...), that are this process's."""
-    rank, processes = place()
-    return x.tensor_split(processes)[rank]
-
-
-def draw(random: Callable[[int], Tensor], n: int) -> Tensor:
-    """random(n), or of random(n * processes), which all of them draw alike, the n rows of this one."""
-    return own(random(n * place()[1]))
+    return x.tensor_split(world_size())[rank()]
 
 
 def gathered(x: Tensor) -> Tensor:
-    """All processes' rows, in their order; each has those that `own` gives."""
-    processes = place()[1]
-    if processes == 1:
+    """All processes' rows, in their order; each has those that `shard` gives."""
+    if world_size() == 1:
         return x
-    sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(processes)]
+    sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
     most = max(int(n) for n in sizes)
     padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]).contiguous()
-    parts = [torch.empty_like(padded) for _ in range(processes)]
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(n)] for part, n in zip(parts, sizes)])
 
 
-def own_randomness(network: Callable, device: torch.device) -> Callable:
-    """The same network, with dropout of this process's own. Its seed comes from the random state, alike in all processes, which is left as it was: two
-    calls from one state share their mask, as `consistency_loss` wants it."""
-
-    def call(*arguments):
-        with torch.random.fork_rng(
-            [] if device.type == "cpu" else [device], device_type=device.type
-        ):
-            torch.manual_seed(int(torch.randint(2**31, (1,))) + place()[0])
-            return network(*arguments)
-
-    return call
-
-
 def any_process(flag: bool, device: torch.device) -> bool:
-    if place()[1] == 1:
+    """Whether the flag is up in any process; all of them must ask."""
+    if world_size() == 1:
         return flag
     total = torch.tensor(float(flag), device=device)
     dist.all_reduce(total)
     return bool(total)
 
 
-def check_batch(batch: int, accumulate: int) -> None:
-    processes = place()[1]
-    if processes > 1 and batch % (processes * accumulate):
-        raise InputError(
-            f"a batch of {batch} cannot be shared evenly by {processes} processes in {accumulate} parts: use a multiple of {processes * accumulate}"
-        )
+class Parallel:
+    """network, with the gradients averaged over the processes, and dropout of this process's own.
+
+    Its seed comes from the random state, which is alike in all processes and left as it was: two
+    calls from one state share their mask, as `consistency_loss` wants it.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device):
+        self.network = network
+        if world_size() > 1:
+            self.network = DistributedDataParallel(network, broadcast_buffers=False)
+        self.device = device
+
+    def __call__(self, *inputs) -> Tensor:
+        with restored_randomness(self.device):
+            torch.manual_seed(int(torch.randint(2**31, (1,))) + rank())
+            return self.network(*inputs)

@@ -1,11 +1,13 @@
-"""How good are the samples: Frechet distance, precision and recall, in the features of a small classifier trained on the spot.
+"""How good samples are: Frechet distance, precision and recall, in the features of a classifier.
 
-These are not FID: that name belongs to the features of Inception-v3, which can be had too. Every number comes with its feature space.
+It is a small one, trained on the spot: these are not FID. That name belongs to the features of
+Inception-v3, which can be had too. Every number comes with its feature space.
 """
 
 import io
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
@@ -14,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..denoiser import read_safetensors, write_safetensors
 from ..errors import InputError
-from .data import ImageData, to_float
-from .run import batch_indices
+from ..losses import restored_randomness
+from . import distributed
+from .checkpoint import read_safetensors, write_safetensors
+from .data import ImageData, batch_indices, to_float
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
@@ -25,9 +28,11 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
         |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))          (arXiv 1706.08500, eq. 6)
 
-    tr (S_a S_b)^(1/2) = tr (S_a^(1/2) S_b S_a^(1/2))^(1/2), a symmetric matrix, whose eigenvalues are real even when S_a is singular.
+    tr (S_a S_b)^(1/2) = tr (S_a^(1/2) S_b S_a^(1/2))^(1/2), a symmetric matrix, whose eigenvalues
+    are real even when S_a is singular.
     """
-    (mu_a, s_a), (mu_b, s_b) = moments(a), moments(b)
+    mu_a, s_a = moments(a)
+    mu_b, s_b = moments(b)
     values, vectors = torch.linalg.eigh(s_a)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ s_b @ root).clamp_min(0).sqrt().sum()
@@ -35,54 +40,58 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 def moments(a: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and covariance (d, d) of the rows of a (n, d), in float64 but without a copy of them all."""
-    mean, centred = a.mean(0, dtype=torch.float64), (part.double() for part in a.split(chunk))
-    return mean, sum((part - mean).T @ (part - mean) for part in centred) / (len(a) - 1)
+    """Mean (d,) and covariance (d, d) of the rows of a (n, d), in float64 without a copy of all."""
+    mean = a.mean(0, dtype=torch.float64)
+    centred = (part.double() - mean for part in a.split(chunk))
+    return mean, sum(part.T @ part for part in centred) / (len(a) - 1)
 
 
 def precision_recall(
-    real: Tensor, fake: Tensor, k: int = 3, most: int = 10_000, chunk: int = 2048
+    real: Tensor, fake: Tensor, k: int = 3, most: int = 10_000
 ) -> tuple[float, float]:
-    """Improved precision and recall (arXiv 1904.06991): the share of fake samples inside the real manifold, and of real ones inside
-    the fake manifold; a manifold is the union of balls around samples that reach to their k-th nearest neighbour. real, fake: (n, d);
-    of more than `most` rows, so many are drawn, as the cost grows with the square. (Not at even distances: classes come in turn.)
+    """Improved precision and recall (arXiv 1904.06991).
+
+    The share of fake samples inside the real manifold, and of real ones inside the fake manifold; a
+    manifold is the union of balls around samples that reach to their k-th nearest neighbour.
+    real, fake: (n, d); of more than `most` rows, so many are drawn, as the cost grows with the
+    square. (Not at even distances: classes come in turn.)
     """
-    real, fake = (
-        a[torch.randperm(len(a), generator=torch.Generator().manual_seed(0))[:most]]
-        if len(a) > most
-        else a
-        for a in (real, fake)
-    )
+    real = some_rows(real, most)
+    fake = some_rows(fake, most)
+    return inside(fake, real, k), inside(real, fake, k)
 
-    def inside(points: Tensor, manifold: Tensor) -> float:
-        radius = torch.cat(
-            [
-                torch.cdist(rows, manifold).kthvalue(k + 1, dim=1).values
-                for rows in manifold.split(chunk)
-            ]
-        )
-        return (
-            torch.cat(
-                [(torch.cdist(rows, manifold) <= radius).any(1) for rows in points.split(chunk)]
-            )
-            .double()
-            .mean()
-            .item()
-        )
 
-    return inside(fake, real), inside(real, fake)
+def some_rows(a: Tensor, most: int) -> Tensor:
+    """At most so many random rows of a, always the same ones."""
+    if len(a) <= most:
+        return a
+    return a[torch.randperm(len(a), generator=torch.Generator().manual_seed(0))[:most]]
+
+
+def inside(points: Tensor, manifold: Tensor, k: int, chunk: int = 2048) -> float:
+    """The share of points within the distance of a sample of the manifold to its k-th neighbour."""
+    near = (torch.cdist(rows, manifold) for rows in manifold.split(chunk))
+    radius = torch.cat([distance.kthvalue(k + 1, dim=1).values for distance in near])
+    far = (torch.cdist(rows, manifold) for rows in points.split(chunk))
+    return torch.cat([(distance <= radius).any(1) for distance in far]).double().mean().item()
 
 
 def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
-    """The share of real samples (n, d) with a fake one (m, d) nearer than their k-th real neighbour (arXiv 2002.09797)."""
+    """The share of real samples (n, d) with a fake one (m, d) nearer than their k-th real neighbour.
+
+    (arXiv 2002.09797.)
+    """
     radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values
     return (torch.cdist(real, fake).min(1).values <= radius).double().mean().item()
 
 
 def principal_components(latents: Tensor, k: int = 16) -> Callable[[Tensor], Tensor]:
-    """-> a function from latents (m, C, h, w) to features (m, k): their k leading principal components over `latents` (n, C, h, w), each of
-    variance 1 there. Latents of more than 8x8 are averaged to that first. What a picture shows moves them, so does what is blurred or
-    mixed in it; nothing is trained."""
+    """-> a function from latents (m, C, h, w) to features (m, k).
+
+    They are the k leading principal components over `latents` (n, C, h, w), each of variance 1
+    there. Latents of more than 8x8 are averaged to that first. What an image shows moves them, and
+    so does what is blurred or mixed in it; nothing is trained.
+    """
 
     def flat(x: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(x.double(), min(8, x.shape[-1])).flatten(1)
@@ -94,40 +103,36 @@ def principal_components(latents: Tensor, k: int = 16) -> Callable[[Tensor], Ten
 
 
 def nearest(queries: Tensor, images: Tensor, chunk: int = 8192) -> Tensor:
-    """For each query (n, C, H, W) the index of the nearest of images (uint8), by pixel distance: (n,)."""
-    distance = torch.cat(
-        [
-            torch.cdist(queries.flatten(1), to_float(part).flatten(1))
-            for part in images.split(chunk)
-        ],
-        dim=1,
-    )
-    return distance.argmin(1)
+    """For each query (n, C, H, W) the index of the nearest image (uint8) by pixel distance: (n,)."""
+    flat = queries.flatten(1)
+    parts = [torch.cdist(flat, to_float(part).flatten(1)) for part in images.split(chunk)]
+    return torch.cat(parts, dim=1).argmin(1)
 
 
 class Classifier(nn.Module):
-    """Three convolutions, halving until 4 pixels are left, and 64 features; features(x): (B, C, H, W) in [-1, 1] -> (B, 64)."""
+    """Pairs of convolutions, halving the image until 4 pixels are left, and 64 features.
+
+    features(x): (B, C, H, W) in [-1, 1] -> (B, 64).
+    """
 
     DIM = 64
 
     def __init__(self, image_shape: tuple[int, ...], classes: int, channels: int = 32):
         super().__init__()
-        layers, c, size = [], image_shape[0], image_shape[1]
+        layers = []
+        c, size, _ = image_shape
         while True:
-            layers += [nn.Conv2d(c, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
-            layers += [
-                nn.Conv2d(channels, channels, 3, padding=1),
-                nn.BatchNorm2d(channels),
-                nn.ReLU(),
-            ]
-            c, channels = channels, channels * 2
+            for c_in in (c, channels):
+                convolution = nn.Conv2d(c_in, channels, 3, padding=1)
+                layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
+            c = channels
+            channels *= 2
             if size < 8:
                 break
             layers.append(nn.MaxPool2d(2))
             size //= 2
-        self.body = nn.Sequential(
-            *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * c, self.DIM)
-        )
+        features = nn.Linear(4 * c, self.DIM)
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), features)
         self.head = nn.Linear(self.DIM, classes)
 
     def features(self, x: Tensor) -> Tensor:
@@ -140,7 +145,11 @@ class Classifier(nn.Module):
 def embed(
     extractor: "Classifier | Inception", images: Tensor, chunk: int = 1000
 ) -> tuple[Tensor, Tensor | None]:
-    """images (uint8, or float in [-1, 1]) -> features (n, extractor.DIM), predicted classes (n,), which Inception has none of; on the CPU."""
+    """images (uint8, or float in [-1, 1]) -> features (n, extractor.DIM) and classes (n,), on the
+    CPU.
+
+    Inception has no classes: None.
+    """
     features, classes = [], []
     with torch.no_grad():
         for part in images.split(chunk):
@@ -151,59 +160,66 @@ def embed(
     return torch.cat(features), torch.cat(classes) if classes else None
 
 
-def train_classifier(
-    data: ImageData, iterations: int, path: Path, batch: int = 128
-) -> tuple[Classifier, float]:
-    """The feature extractor for `data`, trained with a fixed seed (its features do not depend on the run's seed), and its accuracy on
-    the held-out images. Cached at `path`; a cache made for other data is refused with an InputError.
+def train_classifier(data: ImageData, iterations: int, path: Path) -> tuple[Classifier, float]:
+    """-> the feature extractor for `data`, and its accuracy on the held-out images.
+
+    Trained with a fixed seed (its features do not depend on the run's seed) and cached at `path`; a
+    cache made for other data is refused with an InputError.
     """
     device = data.images.device
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{path.parent} cannot be made for the feature classifier ({error.strerror}): use another --features"
-        ) from None
-    classifier = Classifier(data.image_shape, data.classes)
     wanted = {"data": data.name, "fingerprint": data.fingerprint(), "iterations": iterations}
     if path.is_file():
         tensors, metadata = read_safetensors(path)
         if metadata != wanted:
             raise InputError(
-                f"{path} holds a feature classifier for {metadata}, but this run needs {wanted}: delete it or use another --features"
+                f"{path} holds a feature classifier for {metadata}, but this run needs {wanted}: "
+                "delete it or use another --features"
             )
+        classifier = Classifier(data.image_shape, data.classes)
         classifier.load_state_dict(tensors)
-    classifier.to(device)
-    if not path.is_file():
-        with torch.random.fork_rng(
-            [] if device.type == "cpu" else [device], device_type=device.type
-        ):
+        classifier.to(device)
+    else:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{path.parent} cannot be made for the feature classifier ({error.strerror}): use "
+                "another --features"
+            ) from None
+        with restored_randomness(device):
             torch.manual_seed(0)
-            classifier = Classifier(data.image_shape, data.classes).to(device).train()
-            optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, iterations)
-            for step in tqdm(range(iterations), "feature classifier", leave=False, unit="it"):
-                rows = batch_indices(len(data.images), batch, step, seed=0).to(device)
-                loss = F.cross_entropy(classifier(to_float(data.images[rows])), data.labels[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+            classifier = Classifier(data.image_shape, data.classes).to(device)
+            fit(classifier, data, iterations)
         write_safetensors(path, classifier.state_dict(), wanted)
     classifier.eval().requires_grad_(False)
-    return classifier, (
-        embed(classifier, data.held_images)[1] == data.held_labels.cpu()
-    ).double().mean().item()
+    _, predicted = embed(classifier, data.held_images)
+    return classifier, (predicted == data.held_labels.cpu()).double().mean().item()
+
+
+def fit(classifier: Classifier, data: ImageData, iterations: int, batch: int = 128) -> None:
+    """Cross-entropy, one cycle of the learning rate."""
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, iterations)
+    for step in tqdm(range(iterations), "feature classifier", leave=False, unit="it"):
+        rows = batch_indices(len(data.images), batch, step, seed=0).to(data.images.device)
+        loss = F.cross_entropy(classifier(to_float(data.images[rows])), data.labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
 
 
 class Inception(nn.Module):
-    """The network and the resizing that FID is defined with (arXiv 1706.08500), from torch-fidelity: images as 8-bit RGB, 2048 features.
+    """The network and the resizing that FID is defined with (arXiv 1706.08500), from
+    torch-fidelity.
 
-    Its weights are looked for where PyTorch keeps downloads, and fetched there once. Raises InputError, naming file and place, if they
-    are not to be had, and without torch-fidelity.
+    Images as 8-bit RGB, 2048 features. Its weights are looked for where PyTorch keeps downloads,
+    and fetched there once. Raises InputError, naming file and place, if they cannot be downloaded,
+    and without torch-fidelity.
     """
 
-    DIM, head = 2048, None
+    DIM = 2048
+    head = None
 
     def __init__(self):
         super().__init__()
@@ -213,37 +229,87 @@ class Inception(nn.Module):
             raise InputError(
                 "FID needs torch-fidelity: pip install -r requirements-fid.txt"
             ) from None
-        path = Path(torch.hub.get_dir()) / "checkpoints" / port.URL_INCEPTION_V3.rsplit("/", 1)[1]
+        url = port.URL_INCEPTION_V3
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
         if not path.is_file():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(port.URL_INCEPTION_V3, path, hash_prefix="6726825d")
+                torch.hub.download_url_to_file(url, path, hash_prefix="6726825d")
             except (OSError, RuntimeError, HTTPException) as error:
                 raise InputError(
-                    f"FID needs the weights of Inception-v3, which could not be fetched ({error}). Put {port.URL_INCEPTION_V3} into {path.parent}"
+                    "FID needs the weights of Inception-v3, which could not be fetched "
+                    f"({error}). Put {url} into {path.parent}"
                 ) from None
-        with (
-            io.BytesIO() as safe
-        ):  # read as tensors only, before torch-fidelity reads it as anything
+        damage = (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError)
+        with io.BytesIO() as safe:  # read as tensors only, before torch-fidelity reads it
             try:
                 torch.save(torch.load(path, weights_only=True, map_location="cpu"), safe)
                 safe.seek(0)
                 self.network = port.FeatureExtractorInceptionV3(
                     "inception", ["2048"], feature_extractor_weights_path=safe
                 )
-            except (
-                pickle.UnpicklingError,
-                RuntimeError,
-                EOFError,
-                AttributeError,
-                TypeError,
-            ) as error:
+            except damage as error:
                 raise InputError(
-                    f"{path} is not the weights of Inception-v3 ({str(error).splitlines()[0]}): delete it"
+                    f"{path} is not the weights of Inception-v3 ({str(error).splitlines()[0]}): "
+                    "delete it"
                 ) from None
 
     def features(self, x: Tensor) -> Tensor:
-        pixels = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return torch.cat(
-            [self.network(part)[0] for part in pixels.expand(-1, 3, -1, -1).split(100)]
-        )
+        pixels = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+        return torch.cat([self.network(part)[0] for part in pixels.split(100)])
+
+
+@dataclass
+class Evaluator:
+    """Compares samples with the training images.
+
+    extractor: whose features the distances are taken in: the classifier's, or Inception's.
+    real: (n, extractor.DIM) features of the training images.
+    """
+
+    classifier: Classifier
+    accuracy: float
+    extractor: Classifier | Inception
+    real: Tensor
+
+    def figures(self, images: Tensor, labels: Tensor, classes: int) -> dict:
+        """images: (n, C, H, W) in [-1, 1] of these classes, on the CPU. -> figures by name."""
+        device = next(self.classifier.parameters()).device
+        own = distributed.shard(images).to(device)
+        features = distributed.gathered(embed(self.extractor, own)[0].to(device)).cpu()
+        predicted = distributed.gathered(embed(self.classifier, own)[1].to(device)).cpu()
+        if not distributed.is_main():
+            return {}
+        precision, recall = precision_recall(self.real, features)
+        right = (predicted == labels).double().mean().item()
+        return {
+            "frechet": frechet(self.real, features),
+            "precision": precision,
+            "recall": recall,
+            "class_accuracy": right if classes > 1 else None,
+        }
+
+    def floor(self) -> dict:
+        """The distance of two halves of the real images."""
+        order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0))
+        half = len(self.real) // 2
+        first = self.real[order[:half]]
+        second = self.real[order[half : 2 * half]]
+        return {"frechet": frechet(first, second), "n": half}
+
+
+def real_features(data: ImageData, extractor: Classifier | Inception, folder: Path) -> Tensor:
+    """Of the training images, (n, d) on the CPU. Inception's take minutes, and are kept in
+    `folder`.
+    """
+    if not isinstance(extractor, Inception):
+        return embed(extractor, data.images)[0]
+    path = folder / f"inception-{data.name}-{data.fingerprint()}.safetensors"
+    if not path.is_file():
+        own = embed(extractor, distributed.shard(data.images))[0].to(data.images.device)
+        features = distributed.gathered(own).cpu()
+        if distributed.is_main():
+            write_safetensors(path, {"features": features}, {})
+    distributed.barrier()
+    # of hundreds of MB: only the first process reads it
+    return read_safetensors(path)[0]["features"] if distributed.is_main() else torch.empty(0)

@@ -1,102 +1,176 @@
-"""What the two scripts share: devices, files written whole, a folder that belongs to one run, errors as exit codes."""
+"""A script's configuration and command line, made from one dataclass; devices; exit codes.
 
+A configuration is a frozen dataclass with a docstring under each field. A comment line in its body
+begins a group of options:
+
+    @dataclass(frozen=True)
+    class Config:
+        # preset values
+        batch: int = 128
+        "Images per training step."
+"""
+
+import argparse
+import ast
+import dataclasses
 import errno
-import hashlib
-import json
+import inspect
 import os
+import platform
+import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
 from ..errors import InputError
+from . import distributed
+
+PRESET_VALUES = "preset values"
+"""The group of fields whose values come from a preset: help does not tell their defaults."""
+
+
+def documented(config: type) -> dict[str, tuple[str, str]]:
+    """-> of each field: the group that it is in, and its docstring."""
+    source = textwrap.dedent(inspect.getsource(config))
+    group = ""
+    groups = {}
+    for line in source.splitlines():
+        if comment := re.match(r"    # (.+)", line):
+            group = comment[1]
+        elif field := re.match(r"    (\w+): ", line):
+            groups[field[1]] = group
+    found = {}
+    body = ast.parse(source).body[0].body
+    for field, text in zip(body, body[1:]):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            found[field.target.id] = groups[field.target.id], inspect.cleandoc(text.value.value)
+    return found
+
+
+def fields_of(config: type, group: str) -> list[str]:
+    """The names of the fields in a group."""
+    return [name for name, (of, _) in documented(config).items() if of == group]
+
+
+def parser(config: type, prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser with an option for each field. What is not given is not in its answer."""
+    made = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=Help,
+        argument_default=argparse.SUPPRESS,
+    )
+    types = get_type_hints(config)
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    groups = {}
+    for name, (group, text) in documented(config).items():
+        if group not in groups:
+            groups[group] = made.add_argument_group(group)
+        default = defaults[name]
+        told = "default" in text or default is None or default is False
+        if not told and group != PRESET_VALUES:
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            text += f" (default: {shown})"
+        kind = argument(types[name], default)
+        groups[group].add_argument(option(name), help=text.replace("%", "%%"), **kind)
+    return made
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=100)
+
+
+def argument(kind: type, default: object) -> dict:
+    """A type, as arguments of add_argument."""
+    if get_origin(kind) in (Union, UnionType):  # with None, or with what only presets have
+        kind = next(k for k in get_args(kind) if k is not NoneType and get_origin(k) is not dict)
+    if kind is bool:
+        yes_or_no = default is not False
+        return {"action": argparse.BooleanOptionalAction if yes_or_no else "store_true"}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        nargs = "*" if items[-1] is Ellipsis else len(items)
+        return {"type": items[0], "nargs": nargs, "action": AsTuple}
+    return {"type": kind}
+
+
+class AsTuple(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))
+
+
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_positive(config: object, names: tuple[str, ...]) -> None:
+    """Raises InputError for one of these fields (a number, or several) that is not positive."""
+    for name in names:
+        value = getattr(config, name)
+        values = list(value.values()) if isinstance(value, dict) else value
+        values = values if isinstance(values, (list, tuple)) else [values]
+        if any(v is not None and v <= 0 for v in values):
+            shown = " ".join(map(str, values))
+            raise InputError(f"{option(name)} must be positive, not {shown}")
+
+
+def check_range(config: object, **ranges: tuple[float, float]) -> None:
+    """Raises InputError for a field that is not in [low, high)."""
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if not low <= value < high:
+            raise InputError(f"{option(name)} must be at least {low} and below {high}, not {value}")
 
 
 def pick_device(name: str | None) -> torch.device:
+    """The device of this name, or the best there is. Raises InputError if it is not there."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    available = (
-        ["cpu"]
-        + ["cuda"] * torch.cuda.is_available()
-        + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    )
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    available = ["cpu"] + ["cuda"] * torch.cuda.is_available() + gpus
     if name not in available:
         raise InputError(
-            f"--device {name} was asked for, but this machine with this build of PyTorch has only {', '.join(available)}: use --device cpu"
+            f"--device {name} was asked for, but this machine with this build of PyTorch has only "
+            f"{', '.join(available)}: use --device cpu"
         )
     return torch.device(name)
 
 
 def pick_precision(name: str | None, device: torch.device) -> str:
     """bf16 where a GPU computes in it, if nothing else is asked for."""
-    return name or (
-        "bf16"
-        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        else "fp32"
-    )
+    if name:
+        return name
+    gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if gpu else "fp32"
 
 
-def describe(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type}, {torch.get_num_threads()} threads"
-    )
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
-def digest(path: Path) -> str:
-    """12 hex digits that tell one checkpoint from another."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**24):
-            total.update(part)
-    return total.hexdigest()[:12]
-
-
-def write(path: Path, text: str) -> None:
-    """All or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def open_out(out: Path, mine: dict, resume: bool) -> None:
-    """Make the folder of a run, or refuse it. run.json marks it as ours and says what it is for (`mine`, as JSON would give it back)."""
-    marker = out / "run.json"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise InputError(
-            f"--out {out} cannot be written to ({error.strerror}): choose another folder"
-        ) from None
-    if (marker.exists() or (out / "results.json").exists()) and not resume:
-        raise InputError(
-            f"{out} holds another run's results: go on with it by --resume, or choose another --out"
-        )
-    if marker.exists():
-        theirs = json.loads(marker.read_text())
-        differ = [k for k in mine if theirs.get(k) != mine[k]]
-        if differ:
-            old, new = (", ".join(f"{k} {a.get(k)}" for k in differ) for a in (theirs, mine))
-            raise InputError(
-                f"{out} holds a run with {old}, but now it is {new}: give the old values, or choose another --out"
-            )
-    write(marker, json.dumps(mine))
-
-
-def recorded(script: str, argv: list[str]) -> str:
-    """The command, of every path only the last component."""
+def provenance(script: str, argv: list[str], device: torch.device, packages: list[str]) -> dict:
+    """Where figures come from: hardware, command (of every path only the last part), versions."""
     parts = [part.split("=", 1) for part in argv]
-    return shlex.join(
-        [
-            "python",
-            script,
-            *("=".join(Path(p).name if os.sep in p else p for p in part) for part in parts),
-        ]
-    )
+    short = ["=".join(Path(p).name if os.sep in p else p for p in part) for part in parts]
+    versions = {name: sys.modules[name].__version__ for name in packages}
+    return {
+        "device": str(device),
+        "hardware": hardware(device),
+        "processes": distributed.world_size(),
+        "command": shlex.join(["python", script, *short]),
+        "versions": versions | {"python": platform.python_version()},
+    }
 
 
 def run(script: str, main: Callable[[list[str]], None], argv: list[str]) -> int:
@@ -104,29 +178,31 @@ def run(script: str, main: Callable[[list[str]], None], argv: list[str]) -> int:
     try:
         main(argv)
     except InputError as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
-        return 2
+        return _refused(script, str(error))
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(
-            error, (MemoryError, torch.OutOfMemoryError)
-        ) and "can't allocate memory" not in str(error):
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not memory and "can't allocate memory" not in str(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else "the system refused more"
-        print(
-            f"{script}: error: not enough memory ({reason}). Put the batch through the network in more parts: --accumulate 2, 4, ..., "
-            "also with --resume, as what was saved before is intact. Where that does not help, begin anew with a smaller network, image or batch.",
-            file=sys.stderr,
+        return _refused(
+            script,
+            f"not enough memory ({reason}). Put the batch through the network in more parts: "
+            "--accumulate 2, 4, ..., also with --resume, as what was saved before is intact. Where "
+            "that does not help, start again with a smaller network, image or batch.",
         )
-        return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(
-            f"{script}: error: {error}. What was saved before is intact: make room, and go on with --resume.",
-            file=sys.stderr,
+        return _refused(
+            script,
+            f"{error}. What was saved before is intact: make room, and continue with --resume.",
         )
-        return 2
     except KeyboardInterrupt:
-        print("\nstopped; go on with --resume", file=sys.stderr)
+        print("\nstopped; continue with --resume", file=sys.stderr)
         return 130
     return 0
+
+
+def _refused(script: str, reason: str) -> int:
+    print(f"{script}: error: {reason}", file=sys.stderr)
+    return 2

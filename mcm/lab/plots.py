@@ -1,4 +1,6 @@
-"""The three pictures of a run. Colours are the Okabe-Ito set, which colour-blind readers can tell apart."""
+"""The three pictures of a run. Colours are the Okabe-Ito set, which colour-blind readers can tell
+apart.
+"""
 
 import json
 import re
@@ -23,7 +25,9 @@ SAMPLERS = {"ddim": "DDIM", "addim": "aDDIM", "renoise": "re-noised"}
 def sample_rows(
     rows: dict[str, Tensor], path: Path, scale: int = 4, columns: Sequence[str] | None = None
 ) -> None:
-    """rows: label -> images (n, C, H, W) in [-1, 1], drawn one row each under a common set of columns; columns: their captions."""
+    """rows: label -> images (n, C, H, W) in [-1, 1], drawn one row each under a common set of
+    columns; columns: their captions.
+    """
     images = torch.cat(list(rows.values())).float().cpu()
     n, size = len(next(iter(rows.values()))), images.shape[-1] + 1
     grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=n, padding=1, pad_value=1.0)
@@ -43,7 +47,7 @@ def sample_rows(
 
 
 def quality_vs_steps(results: dict, path: Path) -> None:
-    """Frechet distance against network evaluations per image, a curve for each model and sampler."""
+    """Frechet distance against evaluations per image, a curve for each model and sampler."""
     figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120)
     curves: dict[str, list] = {}
     for row in results["rows"]:
@@ -61,8 +65,12 @@ def quality_vs_steps(results: dict, path: Path) -> None:
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.set_xlabel("network evaluations per image")
     metric = results["metric"]
-    axes.set_ylabel(f"{'FID' if metric['name'] == 'fid' else 'Fréchet distance'} (lower is better)")
-    title = f"{metric['n_generated']:,} samples against {metric['n_reference']:,} {metric['reference']} images, features: {metric['features']}"
+    name = "FID" if metric["name"] == "fid" else "Fréchet distance"
+    axes.set_ylabel(f"{name} (lower is better)")
+    title = (
+        f"{metric['n_generated']:,} samples against {metric['n_reference']:,} "
+        f"{metric['reference']} images, features: {metric['features']}"
+    )
     axes.set_title(textwrap.fill(title, 85), fontsize=9)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
@@ -72,7 +80,9 @@ def quality_vs_steps(results: dict, path: Path) -> None:
 
 
 def training_curves(log: Path, path: Path) -> None:
-    """Left: the loss of each model over its run. Right: the loss by noise level t over the last quarter of each run."""
+    """Left: the loss of each model over its run. Right: the loss by noise level t over the last
+    quarter of each run.
+    """
     runs: dict[str, list[dict]] = {}
     for line in log.read_text().splitlines():
         entry = json.loads(line)

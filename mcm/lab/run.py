@@ -1,7 +1,16 @@
-"""One training loop, for teachers and students alike: EMA, resume, precision, log.
+"""The training loop belongs to the script; what surrounds it is here.
 
-Everything random in step i is drawn from a generator seeded with (seed, i), and the batch is chosen from (seed, i) too. So the
-state of a run is its weights and its step, and a resumed run equals an uninterrupted one bit for bit (on the CPU).
+    run = DenoiserRun("teacher", denoiser, settings, out, resume)
+    for step in run:
+        for x, labels, t, noise in run.parts(data):
+            run.backward(mcm.diffusion_loss(run.model, x, labels, t=t, noise=noise))
+        run.update()
+    return run.averaged
+
+The iterator owns resume, seeds, signals, log and checkpoints; the caller owns the step. Everything
+random in step i is drawn from a generator seeded with (seed, i), and the batch is chosen from
+(seed, i) too. So the state of a run is its weights and its step, and a resumed run equals an
+uninterrupted one bit for bit (on the CPU).
 """
 
 import contextlib
@@ -12,51 +21,66 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ..denoiser import Denoiser, partial_of, read_safetensors, save, write_safetensors
+from ..denoiser import Denoiser
 from ..errors import InputError
-from ..losses import LossOutput
-from . import distributed as parallel
-from .data import ImageData, to_float
-from .options import write
-
-LossFunction = Callable[[Denoiser, Tensor, Tensor, float], LossOutput]
+from ..losses import LossOutput, stratified_times
+from . import distributed
+from .checkpoint import partial_of, read_safetensors, save, write, write_safetensors
+from .data import ImageData, batch_indices, mixed, to_float
 
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how to train. batch: images per step; accumulate: in how many parts it goes through the network. lr: Adam's peak
-    learning rate, reached after warmup steps and lowered to 0 along a cosine. ema: decay of the averaged weights, which are
-    the ones saved for use. clip: largest gradient norm. precision: "fp32" or "bf16" (autocast). augment: mirror each image left to
-    right half of the time. compile: torch.compile the training steps. log_every, save_every: in steps.
-    """
+    """How long and how to train."""
 
     iterations: int
+    """Steps."""
+
     batch: int = 128
+    """Samples per step."""
+
     accumulate: int = 1
+    """In how many parts a batch goes through the network."""
+
     lr: float = 1e-3
+    """Adam's peak learning rate, reached after `warmup` steps and lowered to 0 along a cosine."""
+
     warmup: int = 50
+    """Steps."""
+
     ema: float = 0.995
+    """Decay, per step, of the averaged weights, which are the ones saved for use."""
+
     clip: float = 1.0
+    """The largest gradient norm."""
+
     precision: str = "fp32"
+    """ "fp32", or "bf16": autocast."""
+
     augment: bool = False
+    """Mirror each image left to right half of the time."""
+
     compile: bool = False
+    """torch.compile the network."""
+
     seed: int = 0
+
     log_every: int = 50
+    """Steps between lines of the log."""
+
     save_every: int = 500
+    """Steps between checkpoints."""
 
     def lr_at(self, step: int) -> float:
         decay = 0.5 + 0.5 * math.cos(math.pi * step / self.iterations)
@@ -67,58 +91,20 @@ class Training:
         return min(self.ema, (1 + step) / (10 + step))
 
 
-def mixed(*numbers: int) -> int:
-    """One 32-bit seed from several numbers. (PyTorch's CPU generator ignores all higher bits, so they cannot just be packed.)"""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-@lru_cache(maxsize=2)
-def permutation(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(mixed(seed, epoch, n)))
-
-
-def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
-    """Which of n images make up the batch of this step, (batch,): shuffled passes over the data, as a function of the step alone."""
-    position = torch.arange(step * batch, (step + 1) * batch)
-    epochs = range(int(position[0]) // n, int(position[-1]) // n + 1)
-    return torch.cat(
-        [permutation(n, seed, e)[position[position // n == e] - e * n] for e in epochs]
-    )
-
-
-@contextmanager
-def deferred_interrupt():
-    """Within this block Ctrl-C and SIGTERM only set a flag, which the yielded function reads: a step is never cut in two."""
-    asked = []
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # signals only reach the main thread
-        yield lambda: False
-        return
-    previous = {
-        which: signal.signal(which, lambda *_: asked.append(True))
-        for which in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for which, handler in previous.items():
-            signal.signal(which, handler)
-
-
-def same_shape(saved: Tensor, wanted: Tensor) -> Tensor:
-    """`saved`, if it has the shape of `wanted`: copy_ would repeat a smaller one. Raises ValueError."""
-    if saved.shape != wanted.shape:
-        raise ValueError(f"{tuple(saved.shape)} in place of {tuple(wanted.shape)}")
-    return saved
-
-
 class Learner:
     """Weights in training, with their optimiser and their running averages.
 
-    weights: by name. averages: (weights of the same names, decay as a function of the step), each moved towards the weights after
-    every update. clip: the largest gradient norm.
+    weights: by name.
+    clip: the largest gradient norm.
+    averages: (weights of the same names, decay as a function of the step), each moved towards the
+        weights after every update.
+    lr_scale: its learning rate as a multiple of the run's.
     """
+
+    lr = 0.0
+    step = 0
+    norm: Tensor | None = None
+    """Of the gradient of the last update."""
 
     def __init__(
         self,
@@ -126,43 +112,52 @@ class Learner:
         clip: float,
         averages: Sequence[tuple[dict[str, Tensor], Callable[[int], float]]] = (),
         weight_decay: float = 0.0,
+        lr_scale: float = 1.0,
     ):
-        self.weights, self.clip, self.averages = weights, clip, averages
+        self.weights = weights
+        self.clip = clip
+        self.averages = averages
+        self.lr_scale = lr_scale
         self.optimizer = torch.optim.AdamW(
             list(weights.values()), 0.0, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
         )
 
-    def update(self, lr: float, step: int) -> Tensor:
-        """One step along the gradients that have been gathered, or none at all unless they are finite; -> their norm."""
+    def update(self) -> None:
+        """One step along the gradients that were gathered, or none if they are not finite."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.clip)
-        self.optimizer.found_inf = (
-            ~norm.isfinite()
-        ).float()  # the fused kernels look at it where it is: the host does not wait
+            group["lr"] = self.lr * self.lr_scale
+        self.norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.clip)
+        # the fused kernels look at it where it is: the host does not wait
+        self.optimizer.found_inf = (~self.norm.isfinite()).float()
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
             for average, decay in self.averages:
+                towards = list(self.weights.values())
                 torch._foreach_lerp_(
-                    [average[k] for k in self.weights], list(self.weights.values()), 1 - decay(step)
+                    [average[k] for k in self.weights], towards, 1 - decay(self.step)
                 )
-        return norm
+
+    def _groups(self) -> dict[str, dict[str, Tensor]]:
+        return {"raw.": self.weights} | {
+            f"average{n}.": average for n, (average, _) in enumerate(self.averages)
+        }
 
     def state(self) -> dict[str, Tensor]:
-        tensors = {f"raw.{k}": v for k, v in self.weights.items()}
-        for n, (average, _) in enumerate(self.averages):
-            tensors |= {f"average{n}.{k}": v for k, v in average.items()}
+        tensors = {
+            prefix + k: v for prefix, group in self._groups().items() for k, v in group.items()
+        }
         for index, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": v for k, v in entries.items()}
         return tensors
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `state` gave. Raises KeyError, IndexError, ValueError or RuntimeError if it is of other weights."""
-        for prefix, group in [("raw.", self.weights)] + [
-            (f"average{n}.", average) for n, (average, _) in enumerate(self.averages)
-        ]:
+        """Put back what `state` gave.
+
+        Raises KeyError, IndexError, ValueError or RuntimeError if it is of other weights.
+        """
+        for prefix, group in self._groups().items():
             if {k for k in tensors if k.startswith(prefix)} != {prefix + k for k in group}:
                 raise KeyError(prefix)
             for key, value in group.items():
@@ -172,246 +167,417 @@ class Learner:
             if key.startswith("adam."):
                 _, index, entry = key.split(".", 2)
                 parameter = self.optimizer.param_groups[0]["params"][int(index)]
-                if value.ndim:  # in the parameter's memory layout, which the file does not keep and the fused kernels rely on
+                if value.ndim:
+                    # in the parameter's memory layout, which the file does not keep and the fused
+                    # kernels rely on
                     value = torch.empty_like(parameter).copy_(same_shape(value, parameter))
                 state.setdefault(int(index), {})[entry] = value
-        self.optimizer.load_state_dict(
-            {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        )
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def train(
-    denoiser: Denoiser,
-    loss_function: LossFunction,
-    data: ImageData,
-    settings: Training,
-    out: Path,
-    name: str,
-    resume: bool = False,
-    preview: Callable[[Denoiser, int], None] | None = None,
-    **metadata,
-) -> Denoiser:
-    """Train `denoiser` in place; return its averaged copy, in eval mode.
-
-    loss_function(denoiser, x, labels, progress) -> LossOutput, progress in [0, 1). Writes out/NAME.safetensors (the averaged weights,
-    for mcm.load, with `metadata`), out/NAME.state.safetensors and out/log.jsonl, and calls preview(averaged, step), for sample
-    grids: see `loop`, which does all that. On several processes each has its part of every batch, and only the first writes.
+def same_shape(saved: Tensor, wanted: Tensor) -> Tensor:
+    """`saved`, if it has the shape of `wanted`: copy_ would repeat a smaller one. Raises
+    ValueError.
     """
-    parallel.check_batch(settings.batch, settings.accumulate)
-    device = next(denoiser.parameters()).device
-    denoiser.requires_grad_(True).train()
-    averaged = copy.deepcopy(denoiser).requires_grad_(False).eval()
-    learner = Learner(
-        dict(denoiser.named_parameters()),
-        settings.clip,
-        [(dict(averaged.named_parameters()), settings.ema_at)],
-    )
-    network, processes = denoiser.network, parallel.place()[1]
-    if settings.compile:
-        network = torch.compile(network)
-    if processes > 1:  # averages the gradients of the processes in every backward pass
-        network = parallel.own_randomness(
-            DistributedDataParallel(network, broadcast_buffers=False), device
-        )
-    model = (
-        denoiser
-        if network is denoiser.network
-        else Denoiser(network, denoiser.schedule, denoiser.prediction, denoiser.student_steps)
-    )
-
-    def step(index: int) -> Step:
-        rows = batch_indices(len(data.images), settings.batch, index, settings.seed).to(
-            device, non_blocking=True
-        )  # else the host waits for the device
-        outputs = []
-        for part in rows.chunk(settings.accumulate):
-            share = len(part) / len(rows)
-            part = parallel.own(part)
-            x = to_float(data.images[part])
-            if settings.augment:
-                x = torch.where(
-                    parallel.draw(lambda n: torch.rand(n, 1, 1, 1, device=device), len(x)) < 0.5,
-                    x.flip(-1),
-                    x,
-                )
-            # Without the cache: it would hand the target call's weights, cast without gradient, to the student's call.
-            with torch.autocast(
-                device.type,
-                torch.bfloat16,
-                enabled=settings.precision == "bf16",
-                cache_enabled=False,
-            ):
-                try:
-                    output = loss_function(model, x, data.labels[part], index / settings.iterations)
-                except torch._dynamo.exc.TorchDynamoException as error:
-                    reason = str(error).splitlines()[0]
-                    raise InputError(
-                        f"the network cannot be compiled here ({reason}): leave out --compile, or install a C++ compiler (CPU) or Triton (GPU)"
-                    ) from None
-            (output.loss * share).backward()
-            outputs.append(output)
-        norm = learner.update(settings.lr_at(index), index)
-        return Step(
-            torch.cat([o.per_sample.detach() for o in outputs]),
-            torch.cat([o.t for o in outputs]),
-            norm,
-            {},
-        )
-
-    def saved(step: int, seconds: float, new: bool) -> Callable[[], None] | None:
-        averaged.metadata = metadata | {"step": step, "seconds": round(seconds, 1)}
-        if not parallel.first():
-            return None
-        snapshot = copy.deepcopy(averaged)  # the next step moves the averages
-        if preview and new:
-            preview(averaged, step)
-        return partial(save, out / f"{name}.safetensors", snapshot, **averaged.metadata)
-
-    loop({"model": learner}, step, settings, out, name, resume, saved, denoiser.student_steps or 1)
-    return averaged
+    if saved.shape != wanted.shape:
+        raise ValueError(f"{tuple(saved.shape)} in place of {tuple(wanted.shape)}")
+    return saved
 
 
 class Step(NamedTuple):
-    """What a step tells the log. per_sample, t: (B,); gradient_norm: scalar; figures: further scalars by name."""
+    """What a step tells the log. per_sample, t: (B,); norm: scalar; figures: further scalars."""
 
     per_sample: Tensor
     t: Tensor
-    gradient_norm: Tensor
+    norm: Tensor
     figures: dict[str, Tensor]
 
 
-def loop(
-    learners: dict[str, Learner],
-    step: Callable[[int], Step],
-    settings: Training,
-    out: Path,
-    name: str,
-    resume: bool,
-    saved: Callable[[int, float, bool], Callable[[], None] | None],
-    segments: int = 1,
-) -> None:
-    """Call step(0), step(1), ... settings.iterations times, each with a random state of its own.
+MOST_SKIPPED = 20  # steps in a row, before a run stops
+MUST_MATCH = ("iterations", "batch", "lr", "ema", "precision", "augment", "seed")
 
-    Every settings.save_every steps and at the end writes out/NAME.state.safetensors (all that resuming needs) and calls saved(step,
-    seconds, True), which may return further writing; the state before stays as out/NAME.state.previous.safetensors. Lines of figures go
-    to out/log.jsonl. With resume, goes on from the newest state that can be read, if there is one, after saved(step, seconds, False).
-    Ctrl-C and SIGTERM finish the step, save and raise KeyboardInterrupt. Steps whose gradient is not finite change nothing and are
-    counted in the log; raises InputError after many in a row, naming the first, and if the disk is full; what was saved before stays.
+
+class Run:
+    """`for step in run:` counts the steps of one training run, each with a random state of its own.
+
+    name: of the model in the log; the state is kept in out/NAME.state.safetensors.
+    learners: what is trained, by name. `run.update()` moves the first.
+    settings, out: how and where.
+    resume: continue from the newest state that can be read, if there is one.
     segments: for the losses by segment in the log.
+
+    Every settings.save_every steps and at the end the state (all that resuming needs) is written
+    while the next steps run; the state before stays as out/NAME.state.previous.safetensors. Lines
+    of figures go to out/log.jsonl. Ctrl-C and SIGTERM finish the step, save and raise
+    KeyboardInterrupt. Steps whose gradient is not finite change nothing and are counted in the log;
+    raises InputError after many in a row, naming the first, and if the disk is full: what was saved
+    before stays.
     """
-    state_file, first, elapsed, skipped = out / f"{name}.state.safetensors", 0, 0.0, 0
-    if resume and (found := load_state(state_file, learners, settings)):
-        first, elapsed = found
-        if write_more := saved(first, elapsed, False):  # a kill may have come between the two files
-            write_more()
-    if parallel.first():
-        if not first:
-            earlier(state_file).unlink(missing_ok=True)  # of a run that is begun anew
-        forget_log(out / "log.jsonl", name, first)
-    parallel.wait()  # none may write before all have read
 
-    steps = tqdm(
-        range(first, settings.iterations), name, initial=first, total=settings.iterations, unit="it"
-    )
-    done, started, processes, writing, stop = (
-        [],
-        time.perf_counter(),
-        parallel.place()[1],
-        [],
-        False,
-    )
-    with (
-        deferred_interrupt() as interrupted,
-        ThreadPoolExecutor(1) as writer,
-    ):  # the next steps do not wait for the disk
-        for index in steps:
-            torch.manual_seed(mixed(settings.seed, index))
-            done.append(step(index))
-            logging = (index + 1) % settings.log_every == 0
-            # several processes have to agree, and do so every tenth step
-            stop = (
-                interrupted()
-                if processes == 1
-                else (index + 1) % 10 == 0
-                and parallel.any_process(interrupted(), done[-1].per_sample.device)
+    def __init__(
+        self,
+        name: str,
+        learners: dict[str, Learner],
+        settings: Training,
+        out: Path,
+        resume: bool = False,
+        segments: int = 1,
+    ):
+        self.name = name
+        self.learners = learners
+        self.settings = settings
+        self.out = out
+        self.resume = resume
+        self.segments = segments
+        self.state_file = out / f"{name}.state.safetensors"
+        self.step = 0
+        self.seconds = 0.0
+        """What the run took so far, in all its parts, up to the last line of the log."""
+        main = next(iter(learners.values()))
+        self._main = main
+        self.update = main.update
+        self.device = next(iter(main.weights.values())).device
+        self._recorded: list[tuple[Tensor, Tensor]] = []
+        self._figures: dict[str, Tensor] = {}
+        self._steps: list[Step] = []  # since the last line of the log
+        self._skipped = 0
+        self._writing: list[Future] = []
+
+    @property
+    def progress(self) -> float:
+        """The fraction of the run that is done, in [0, 1)."""
+        return self.step / self.settings.iterations
+
+    def elapsed(self) -> float:
+        """Seconds of training in this part of the run, so far."""
+        return time.perf_counter() - self._started
+
+    @property
+    def at_checkpoint(self) -> bool:
+        """Whether the state is written after this step."""
+        done = self.step + 1
+        return done == self.settings.iterations or done % self.settings.save_every == 0
+
+    def record(self, per_sample: Tensor, t: Tensor | None = None) -> None:
+        """Note, for the log, the losses of (a part of) this step and their times, (B,) each."""
+        t = torch.ones(len(per_sample)) if t is None else t
+        self._recorded.append((per_sample.detach(), t))
+
+    def note(self, **figures: Tensor) -> None:
+        """Note, for the log, further scalars of this step."""
+        self._figures |= {key: value.detach() for key, value in figures.items()}
+
+    def __iter__(self) -> Iterator[int]:
+        settings = self.settings
+        stop = False
+        with deferred_interrupt() as interrupted, ThreadPoolExecutor(1) as self._writer:
+            first = self._begin()
+            self._started = self._clock = time.perf_counter()
+            bar = tqdm(total=settings.iterations, initial=first, desc=self.name, unit="it")
+            for self.step in range(first, settings.iterations):
+                torch.manual_seed(mixed(settings.seed, self.step))
+                for learner in self.learners.values():
+                    learner.step = self.step
+                    learner.lr = settings.lr_at(self.step)
+                yield self.step
+                self._close_step()
+                bar.update()
+                stop = self._asked_to_stop(interrupted)
+                if stop or self.at_checkpoint or (self.step + 1) % settings.log_every == 0:
+                    self._log(bar)
+                if stop or self.at_checkpoint:
+                    self._save()
+                if stop:
+                    break
+            bar.close()
+            self._finish_writing()
+            if stop or distributed.any_process(interrupted(), self.device):
+                raise KeyboardInterrupt
+        distributed.barrier()  # what comes next may read the files
+
+    def save_model(self) -> None:
+        """Called with every state: what else there is to write, by `write_later`."""
+
+    def write_later(self, function: Callable, *arguments, **options) -> None:
+        """Call it in another thread, after what was handed over before: no step waits."""
+        self._writing.append(self._writer.submit(function, *arguments, **options))
+
+    def _begin(self) -> int:
+        """-> the step to continue from; the log is cut there."""
+        first = 0
+        if self.resume and (found := load_state(self.state_file, self.learners, self.settings)):
+            first, self.seconds = found
+            self.step = first - 1
+            self.save_model()  # a kill may have come between the two files
+            self._finish_writing()
+        if distributed.is_main():
+            if not first:
+                previous_state(self.state_file).unlink(missing_ok=True)  # of a run that is redone
+            forget_log(self.out / "log.jsonl", self.name, first)
+        distributed.barrier()  # none may write before all have read
+        return first
+
+    def _close_step(self) -> None:
+        per_sample, t = (torch.cat(parts) for parts in zip(*self._recorded))
+        self._steps.append(Step(per_sample, t, self._main.norm, self._figures))
+        self._recorded = []
+        self._figures = {}
+
+    def _asked_to_stop(self, interrupted: Callable[[], bool]) -> bool:
+        """Several processes have to agree, and do so every tenth step."""
+        if distributed.world_size() == 1:
+            return interrupted()
+        return (self.step + 1) % 10 == 0 and distributed.any_process(interrupted(), self.device)
+
+    def _log(self, bar: tqdm) -> None:
+        """One line of the log about the steps since the last one."""
+        steps = of_all_processes(self._steps)
+        self._steps = []
+        good = finite(steps)
+        self._skipped = trailing(good, self._skipped)
+        done = self.step + 1
+        if self._skipped >= min(MOST_SKIPPED, self.settings.iterations // 4 + 1):
+            raise InputError(
+                f"{self.name}: the loss or its gradient is no longer finite, from step "
+                f"{done + 1 - self._skipped} on. What was saved before is intact. Lower the "
+                "learning rate, or use --precision fp32."
             )
-            saving = (
-                stop or index + 1 == settings.iterations or (index + 1) % settings.save_every == 0
+        seconds = time.perf_counter() - self._clock
+        self._clock += seconds
+        self.seconds += seconds
+        rate = sum(len(step.per_sample) for step in steps) / seconds
+        line = {"model": self.name, "step": done} | summary(steps, good, self.segments)
+        line["lr"] = self.settings.lr_at(self.step)
+        line["seconds"] = round(seconds, 3)
+        line["images_per_second"] = round(rate, 1)
+        if line["skipped"]:
+            bar.write(
+                f"{self.name}: {line['skipped']} of the {len(steps)} steps up to {done} were "
+                "skipped, as their gradients were not finite"
             )
-            if saving or logging:
-                done = of_all_processes(done)
-                good = finite(done)
-                line, skipped = (
-                    summary(done, good, segments, index + 1, name),
-                    trailing(good, skipped),
-                )
-                if skipped >= min(MOST_SKIPPED, settings.iterations // 4 + 1):
-                    raise InputError(
-                        f"{name}: the loss or its gradient is no longer finite, from step {index + 2 - skipped} on. What was saved before is intact. "
-                        "Lower the learning rate, or use --precision fp32."
-                    )
-                seconds, started = time.perf_counter() - started, time.perf_counter()
-                elapsed += seconds
-                rate = sum(len(d.per_sample) for d in done) / seconds
-                line |= {
-                    "lr": settings.lr_at(index),
-                    "seconds": round(seconds, 3),
-                    "images_per_second": round(rate, 1),
-                }
-                if line["skipped"]:
-                    steps.write(
-                        f"{name}: {line['skipped']} of the {len(done)} steps up to {index + 1} were skipped, as their gradients were not finite"
-                    )
-                steps.set_postfix(
-                    loss=f"{line['loss'] or math.nan:.4f}", img_s=f"{rate:.0f}", refresh=False
-                )
-                if parallel.first():
-                    with (out / "log.jsonl").open("a") as log:
-                        log.write(json.dumps(line) + "\n")
-                done = []
-            if saving:
-                for job in writing:
-                    job.result()  # raises what went wrong there
-                writing = []
-                if parallel.first():
-                    tensors = {
-                        f"{n}/{key}": value.detach().to("cpu", copy=True)
-                        for n, learner in learners.items()
-                        for key, value in learner.state().items()
-                    }
-                    writing.append(
-                        writer.submit(save_state, state_file, tensors, settings, index + 1, elapsed)
-                    )
-                if write_more := saved(index + 1, elapsed, True):
-                    writing.append(writer.submit(write_more))
-            if stop:
-                break
-        for job in writing:
-            job.result()
-        if stop or parallel.any_process(
-            interrupted(), next(iter(next(iter(learners.values())).weights.values())).device
-        ):
-            raise KeyboardInterrupt
-    parallel.wait()  # what comes next may read the files
+        bar.set_postfix(loss=f"{line['loss'] or math.nan:.4f}", img_s=f"{rate:.0f}", refresh=False)
+        if distributed.is_main():
+            with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+
+    def _save(self) -> None:
+        self._finish_writing()
+        if distributed.is_main():
+            tensors = {
+                f"{name}/{key}": value.detach().to("cpu", copy=True)
+                for name, learner in self.learners.items()
+                for key, value in learner.state().items()
+            }
+            metadata = {"step": self.step + 1, "elapsed": self.seconds}
+            metadata |= {key: getattr(self.settings, key) for key in MUST_MATCH}
+            previous = previous_state(self.state_file)
+            self.write_later(write_safetensors, self.state_file, tensors, metadata, previous)
+        self.save_model()
+
+    def _finish_writing(self) -> None:
+        for job in self._writing:
+            job.result()  # raises what went wrong there
+        self._writing = []
 
 
-def of_all_processes(done: list[Step]) -> list[Step]:
+class DenoiserRun(Run):
+    """A run that trains a Denoiser in place, on images. What comes out is `averaged`, in eval mode.
+
+    `model` is the denoiser to call in the loop: compiled, or one of several processes, where asked.
+    out/NAME.safetensors receives the averaged weights, for mcm.load, with `metadata`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        denoiser: Denoiser,
+        settings: Training,
+        out: Path,
+        resume: bool = False,
+        **metadata,
+    ):
+        processes = distributed.world_size()
+        if processes > 1 and settings.batch % (processes * settings.accumulate):
+            raise InputError(
+                f"a batch of {settings.batch} cannot be shared evenly by {processes} processes in "
+                f"{settings.accumulate} parts: use a multiple of {processes * settings.accumulate}"
+            )
+        denoiser.requires_grad_(True).train()
+        self.averaged = copy.deepcopy(denoiser).requires_grad_(False).eval()
+        averages = [(dict(self.averaged.named_parameters()), settings.ema_at)]
+        learner = Learner(dict(denoiser.named_parameters()), settings.clip, averages)
+        segments = denoiser.student_steps or 1
+        super().__init__(name, {"model": learner}, settings, out, resume, segments)
+        network = denoiser.network
+        if settings.compile:
+            network = Compiled(network)
+        if processes > 1:
+            network = distributed.Parallel(network, self.device)
+        self.model = denoiser
+        if network is not denoiser.network:
+            self.model = Denoiser(
+                network, denoiser.schedule, denoiser.prediction, denoiser.student_steps
+            )
+        self.metadata = metadata
+        self.averaged.metadata = metadata
+
+    def parts(
+        self, data: ImageData, label_dropout: float = 0.0
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """This process's share of the step's batch, in settings.accumulate parts.
+
+        -> x (b, C, H, W) in [-1, 1], labels, times t and noise of each part: all that is random in
+        it. label_dropout: how often the label is data.classes instead, "no class".
+        """
+        settings = self.settings
+        rows = batch_indices(len(data.images), settings.batch, self.step, settings.seed)
+        rows = rows.to(self.device, non_blocking=True)  # else the host waits for the device
+        for part in rows.chunk(settings.accumulate):
+            n = len(part)
+            self._share = n / len(rows)
+            part = distributed.shard(part)
+            x = to_float(data.images[part])
+            labels = data.labels[part]
+            if settings.augment:
+                mirrored = distributed.shard(torch.rand(n, 1, 1, 1, device=self.device)) < 0.5
+                x = torch.where(mirrored, x.flip(-1), x)
+            if label_dropout:
+                dropped = distributed.shard(torch.rand(n, device=self.device)) < label_dropout
+                labels = torch.where(dropped, data.classes, labels)
+            t = distributed.shard(stratified_times(n, self.device))
+            noise = distributed.shard(torch.randn(n, *x.shape[1:], device=self.device))
+            # Without the cache: it would hand the target call's weights, cast without gradient, to
+            # the student's call.
+            with self._autocast(settings.precision == "bf16"):
+                yield x, labels, t, noise
+
+    def backward(self, output: LossOutput) -> None:
+        """Add the gradient of a part's loss, and note it for the log."""
+        with self._autocast(False):
+            (output.loss * self._share).backward()
+        self.record(output.per_sample, output.t)
+
+    def _autocast(self, enabled: bool) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
+        )
+
+    def save_model(self) -> None:
+        self.averaged.metadata = self.metadata | {
+            "step": self.step + 1,
+            "seconds": round(self.seconds, 1),
+        }
+        if distributed.is_main():
+            snapshot = copy.deepcopy(self.averaged)  # the next step moves the averages
+            path = self.out / f"{self.name}.safetensors"
+            self.write_later(save, path, snapshot, **self.averaged.metadata)
+
+
+class Compiled(torch.nn.Module):
+    """network through torch.compile; raises InputError where that cannot be done."""
+
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        self.network = torch.compile(network)
+
+    def forward(self, *inputs) -> Tensor:
+        try:
+            return self.network(*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"the network cannot be compiled here ({reason}): leave out --compile, or install "
+                "a C++ compiler (CPU) or Triton (GPU)"
+            ) from None
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within this block Ctrl-C and SIGTERM only set a flag, which the yielded function reads.
+
+    So a step is never cut in two.
+    """
+    asked = []
+    if threading.current_thread() is not threading.main_thread():  # no signal comes here
+        yield lambda: False
+        return
+    handle = lambda *_: asked.append(True)  # noqa: E731
+    previous = {which: signal.signal(which, handle) for which in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for which, handler in previous.items():
+            signal.signal(which, handler)
+
+
+def of_all_processes(steps: list[Step]) -> list[Step]:
     """The same steps with every process's samples."""
-    if parallel.place()[1] == 1:
-        return done
-    losses, times = (
-        parallel.gathered(torch.stack([getattr(d, key) for d in done], 1))
-        for key in ("per_sample", "t")
-    )
-    return [d._replace(per_sample=losses[:, i], t=times[:, i]) for i, d in enumerate(done)]
+    if distributed.world_size() == 1:
+        return steps
+    losses = distributed.gathered(torch.stack([step.per_sample for step in steps], 1))
+    times = distributed.gathered(torch.stack([step.t for step in steps], 1))
+    return [step._replace(per_sample=losses[:, i], t=times[:, i]) for i, step in enumerate(steps)]
+
+
+def finite(steps: list[Step]) -> Tensor:
+    """Which of these steps changed something, (n,)."""
+    loss = torch.stack([step.per_sample.mean() for step in steps])
+    norm = torch.stack([step.norm for step in steps])
+    return (loss.isfinite() & norm.isfinite()).cpu()
+
+
+def trailing(good: Tensor, before: int) -> int:
+    """How many steps in a row, the last one the latest, changed nothing.
+
+    before: of those before these.
+    """
+    indices = good.nonzero()
+    return len(good) - 1 - int(indices[-1]) if len(indices) else before + len(good)
+
+
+def summary(steps: list[Step], good: Tensor, segments: int) -> dict:
+    """Means over those steps that are `good`, null if none is; the others are counted."""
+    skipped = int((~good).sum())
+    steps = [step for step, counts in zip(steps, good.tolist()) if counts]
+    loss = norm = None
+    by_t = [None] * 10
+    by_segment = [None] * segments
+    if steps:
+        per_sample = torch.cat([step.per_sample for step in steps]).cpu().double()
+        t = torch.cat([step.t for step in steps]).cpu().double()
+        loss = round(float(per_sample.mean()), 6)
+        norm = round(float(torch.stack([step.norm for step in steps]).cpu().mean()), 6)
+        by_t = binned(per_sample, t, 10)
+        by_segment = binned(per_sample, t, segments)
+    figures = {
+        key: round(sum(float(step.figures[key]) for step in steps) / len(steps), 6)
+        for key in (steps[0].figures if steps else ())
+    }
+    return {
+        "loss": loss,
+        "gradient_norm": norm,
+        "loss_by_t": by_t,
+        "loss_by_segment": by_segment,
+        **figures,
+        "skipped": skipped,
+    }
+
+
+def binned(loss: Tensor, t: Tensor, bins: int) -> list[float | None]:
+    """The mean loss (n,) of the times (n,) in each of so many equal parts of (0, 1]."""
+    index = (torch.ceil(t * bins).long() - 1).clamp(0, bins - 1)
+    count = torch.bincount(index, minlength=bins)
+    mean = torch.bincount(index, loss, minlength=bins) / count.clamp_min(1)
+    return [round(m, 6) if c else None for m, c in zip(mean.tolist(), count.tolist())]
 
 
 def forget_log(path: Path, name: str, step: int) -> None:
-    """Drop the lines of this model after `step`, which a resumed run will write again, and a last line cut short by a kill."""
+    """Drop this model's lines after `step`, which will be written again, and a line cut short."""
     if not path.is_file():
         return
     kept = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             line = json.loads(text)
             if line["model"] != name or line["step"] <= step:
@@ -419,129 +585,59 @@ def forget_log(path: Path, name: str, step: int) -> None:
     write(path, "".join(kept))
 
 
-def finite(done: list[Step]) -> Tensor:
-    """Which of these steps changed something, (n,)."""
-    loss, norm = (
-        torch.stack([d.per_sample.mean() for d in done]),
-        torch.stack([d.gradient_norm for d in done]),
-    )
-    return (loss.isfinite() & norm.isfinite()).cpu()
-
-
-def trailing(good: Tensor, before: int) -> int:
-    """How many steps in a row, the last one the latest, changed nothing; `before`: of those before these."""
-    indices = good.nonzero()
-    return len(good) - 1 - int(indices[-1]) if len(indices) else before + len(good)
-
-
-def summary(done: list[Step], good: Tensor, segments: int, step: int, name: str) -> dict:
-    """One line of the log about the steps since the last one; means are over those that are `good`, and null if none is."""
-    n, skipped = int(good.sum()), int((~good).sum())
-    done = [d for d, counts in zip(done, good.tolist()) if counts]
-    if not n:
-        return {
-            "model": name,
-            "step": step,
-            "loss": None,
-            "gradient_norm": None,
-            "loss_by_t": [None] * 10,
-            "loss_by_segment": [None] * segments,
-            "skipped": skipped,
-        }
-    loss, t = (
-        torch.cat([getattr(d, key) for d in done]).cpu().double() for key in ("per_sample", "t")
-    )
-    norm = torch.stack([d.gradient_norm for d in done]).cpu()
-
-    def binned(bins: int) -> list[float | None]:
-        index = (torch.ceil(t * bins).long() - 1).clamp(0, bins - 1)
-        count = torch.bincount(index, minlength=bins)
-        mean = torch.bincount(index, loss, minlength=bins) / count.clamp_min(1)
-        return [round(m, 6) if c else None for m, c in zip(mean.tolist(), count.tolist())]
-
-    return {
-        "model": name,
-        "step": step,
-        "loss": round(float(loss.mean()), 6),
-        "gradient_norm": round(float(norm.mean()), 6),
-        "loss_by_t": binned(10),
-        "loss_by_segment": binned(segments),
-        **{key: round(sum(float(d.figures[key]) for d in done) / n, 6) for key in done[0].figures},
-        "skipped": skipped,
-    }
-
-
-MOST_SKIPPED = 20  # steps in a row, before a run stops
-MUST_MATCH = ("iterations", "batch", "lr", "ema", "precision", "augment", "seed")
-
-
-def earlier(path: Path) -> Path:
+def previous_state(path: Path) -> Path:
+    """Where the state before the newest one is kept."""
     return path.with_name(path.name.replace(".state.", ".state.previous."))
-
-
-def save_state(
-    path: Path, tensors: dict[str, Tensor], settings: Training, step: int, elapsed: float
-) -> None:
-    write_safetensors(
-        path,
-        tensors,
-        {"step": step, "elapsed": elapsed, **{key: getattr(settings, key) for key in MUST_MATCH}},
-        earlier(path),
-    )
 
 
 def load_state(
     path: Path, learners: dict[str, Learner], settings: Training
 ) -> tuple[int, float] | None:
-    """Put everything back; -> the step to go on from, the seconds spent so far; None if nothing was saved. Where the newest file is
-    damaged, the one before serves. Raises InputError if both are, or if the file belongs to a run with other settings."""
-    if (
-        not path.is_file() and not partial_of(path).is_file()
-    ):  # a kill between the two renamings of a save would leave a partial one
+    """Put everything back; -> the step to continue from, the seconds spent so far; None if new.
+
+    Where the newest file is damaged, the one before serves. Raises InputError if both are, or if
+    the file belongs to a run with other settings.
+    """
+    # a kill between the two renamings of a save would leave a partial file
+    if not path.is_file() and not partial_of(path).is_file():
         return None
-    found, damage = None, None
-    for candidate in (path, earlier(path)):
+    found = damage = None
+    for candidate in (path, previous_state(path)):
         try:
             found = read_safetensors(candidate) if candidate.is_file() else None
         except InputError as error:
             damage = damage or error
         if found:
             break
-    if damage:
-        if not found:
-            raise damage
-        print(
-            f"{damage}\nGoing on from the checkpoint before it, step {found[1]['step']}.",
-            file=sys.stderr,
-        )
+    if damage and not found:
+        raise damage
     if not found:
         return None
     tensors, metadata = found
+    step = metadata.get("step")
+    elapsed = metadata.get("elapsed")
+    if damage:
+        print(f"{damage}\nContinuing from the checkpoint before it, step {step}.", file=sys.stderr)
     for key in MUST_MATCH:
         if metadata.get(key) != getattr(settings, key):
             raise InputError(
-                f"{path}: saved with {key} {metadata.get(key)}, but now it is {getattr(settings, key)}. Give the old value, or another --out."
+                f"{path}: saved with {key} {metadata.get(key)}, but now it is "
+                f"{getattr(settings, key)}. Give the old value, or another --out."
             )
     for name, learner in learners.items():
+        prefix = f"{name}/"
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         try:
-            learner.load(
-                {
-                    k.removeprefix(f"{name}/"): v
-                    for k, v in tensors.items()
-                    if k.startswith(f"{name}/")
-                }
-            )
+            learner.load(own)
         except (KeyError, RuntimeError, IndexError, ValueError):
             raise InputError(
-                f"{path}: the network in it has another shape than the one asked for. Give the old settings, or another --out."
+                f"{path}: the network in it has another shape than the one asked for. Give the old "
+                "settings, or another --out."
             ) from None
-    step, elapsed = metadata.get("step"), metadata.get("elapsed")
-    if (
-        type(step) is not int
-        or not 0 <= step <= settings.iterations
-        or not isinstance(elapsed, (int, float))
-    ):
+    in_range = type(step) is int and 0 <= step <= settings.iterations
+    if not in_range or not isinstance(elapsed, (int, float)):
         raise InputError(
-            f"{path}: step {step} and seconds {elapsed} are not those of a run of {settings.iterations} steps. Delete it."
+            f"{path}: step {step} and seconds {elapsed} are not those of a run of "
+            f"{settings.iterations} steps. Delete it."
         )
     return step, elapsed

@@ -1,233 +1,214 @@
-"""From a text-to-image teacher to a few-step student, by any recipe: the consistency loss and what a stage adds to it, on latents."""
+"""From a text-to-image teacher to a few-step student, by any recipe."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..denoiser import guided
+from ..denoiser import guided, select
 from ..errors import InputError
-from ..lab.run import Learner, Step, Training, batch_indices, loop, mixed
+from ..lab.data import batch_indices, mixed
+from ..lab.evaluation import on_device
+from ..lab.run import Learner, Run, Training
 from ..losses import LossOutput, consistency_loss
-from ..recipes import Phase, Recipe
-from ..sampling import rows
-from .objectives import Adversarial, DistributionMatching, Preference, gradient
+from .objectives import OBJECTIVES, Objective, gradient
+from .recipes import Phase, Recipe
 from .scorer import Reward
 from .sdxl import SDXL, Condition, unconditional
+from .states import draw_states
 
 
 @dataclass
-class Captioned:
-    """What a student learns from. prompts: n of them, with their conditions; latents: (n, 4, h, w) of the pictures, or None. On the CPU."""
+class Distillation:
+    """What all phases of a student's training share."""
 
+    sdxl: SDXL
     prompts: Sequence[str]
+    """n captions to learn from."""
     cond: Condition
-    latents: Tensor | None = None
+    """Their conditions, on the CPU."""
+    latents: Tensor | None
+    """(n, 4, h, w) of their images, on the CPU, or None."""
+    settings: Training
+    """Of the whole recipe: each phase has its share of the iterations, and a warm-up and decay of
+    its own."""
+    out: Path
+    name: str
+    """States of phase n go to out/NAME-n.state.safetensors."""
+    guidance: float | tuple[float, float]
+    """w of the teacher, or a range to draw it from, which only a fully fine-tuned student can be
+    told (as an input)."""
+    full: bool = False
+    """Fine-tune the whole UNet instead of a LoRA."""
+    reward: Reward | None = None
+    """For recipes with a preference."""
+    reward_level: float = 0.0
+    """The s0 that the preference is to reach."""
+    resume: bool = False
+    """Finished phases are read from their states."""
+
+    @property
+    def guidance_input(self) -> bool:
+        """A student is told its guidance only when there is more than one."""
+        return isinstance(self.guidance, tuple)
+
+    @property
+    def mean_guidance(self) -> float:
+        return sum(self.guidance) / 2 if self.guidance_input else self.guidance
 
 
-def distil(
-    sdxl: SDXL,
-    recipe: Recipe,
-    data: Captioned,
-    settings: Training,
-    guidance: float | tuple[float, float],
-    out: Path,
-    name: str,
-    resume: bool = False,
-    full: bool = False,
-    reward: tuple[Reward, float] | None = None,
-    saved: Callable[[int, int], None] | None = None,
-) -> float:
-    """Train a student by all phases of the recipe; its averaged weights are then those named "average" of `sdxl`. -> the seconds it took.
+def distil(job: Distillation, recipe: Recipe) -> float:
+    """Train a student by all phases of the recipe. -> the seconds it took.
 
-    settings: of the whole recipe; each phase has its share of the iterations and its own warm-up and decay. guidance: w of the teacher, or
-    a range to draw it from, which only a fully fine-tuned student can be told (as an input). reward: with the level s0 to reach, for
-    recipes with a preference. saved(phase, step) is called after each checkpoint. States of phase n go to out/NAME-n.state.safetensors;
-    with resume, finished phases are read from there. Raises InputError if the recipe needs images or a reward and there are none.
+    Its averaged weights are then those named "average" of job.sdxl. Raises InputError if the recipe
+    needs images or a reward and there are none.
     """
-    if recipe.needs_images and data.latents is None:
+    if recipe.needs_images and job.latents is None:
         raise InputError(
-            "this recipe learns from images: give captioned images (--data), or use mlcm or tlcm, which learn from prompts alone"
+            "this recipe learns from images: give captioned images (--data), or use mlcm or tlcm, "
+            "which learn from prompts alone"
         )
-    ranged = isinstance(
-        guidance, tuple
-    )  # a student is told its guidance only when there is more than one
-    if ranged and not full:
+    if job.guidance_input and not job.full:
         raise InputError(
-            "a range of guidance needs a student that is told it, which a LoRA cannot be: use one value, or full fine-tuning"
+            "a range of guidance needs a student that is told it, which a LoRA cannot be: use one "
+            "value, or full fine-tuning"
         )
-    if reward is None and any(
-        kind == "preference" for phase in recipe.phases for kind, _ in phase.stage.extra
-    ):
+    wanted = {kind for phase in recipe.phases for kind, _ in phase.objectives}
+    if "preference" in wanted and job.reward is None:
         raise InputError("this recipe has a preference stage: give it a reward")
-    torch.manual_seed(mixed(settings.seed, len(recipe.phases)))
-    names = ["student", "average"] + ["target"] * any(
-        phase.stage.target_ema is not None for phase in recipe.phases
-    )
-    spent, weights = (
-        {},
-        {
-            which: sdxl.add(
-                which, None if which == "student" else "student", full=full, guidance_input=ranged
-            )
-            for which in names
-        },
-    )
+    seed = job.settings.seed
+    torch.manual_seed(mixed(seed, len(recipe.phases)))
+    averaged_targets = any(phase.target_ema is not None for phase in recipe.phases)
+    for name in ["student", "average"] + ["target"] * averaged_targets:
+        like = None if name == "student" else "student"
+        if job.full:
+            job.sdxl.add_copy(name, like, job.guidance_input)
+        else:
+            job.sdxl.add_lora(name, like)
+    whole = sum(phase.share for phase in recipe.phases)
+    seconds = 0.0
     for number, phase in enumerate(recipe.phases):
-        torch.manual_seed(
-            mixed(settings.seed, number, 1)
-        )  # for what the phase initialises, whether the run was resumed or not
-        share = phase.share / sum(p.share for p in recipe.phases)
-        iterations = max(1, round(settings.iterations * share))
-        here = replace(
-            settings,
+        # for what the phase initialises, whether the run was resumed or not
+        torch.manual_seed(mixed(seed, number, 1))
+        iterations = max(1, round(job.settings.iterations * phase.share / whole))
+        settings = replace(
+            job.settings,
             iterations=iterations,
-            lr=settings.lr * phase.lr,
-            warmup=min(settings.warmup, iterations // 10 + 1),
-            seed=mixed(settings.seed, number),
+            lr=job.settings.lr * phase.lr,
+            warmup=min(job.settings.warmup, iterations // 10 + 1),
+            seed=mixed(seed, number),
         )
-        averages = [(weights["average"], here.ema_at)]
-        if phase.stage.target_ema is not None:
-            with torch.no_grad():
-                for key, value in weights["target"].items():
-                    value.copy_(weights["student"][key])
-            averages.append((weights["target"], lambda step, decay=phase.stage.target_ema: decay))
-        learner = Learner(weights["student"], here.clip, averages)
-        objectives = {
-            kind: (weight, _objective(kind, sdxl, data, guidance, reward))
-            for kind, weight in phase.stage.extra
-        }
-        step = _step(sdxl, phase, data, here, guidance, learner, objectives)
-        critics = {
-            kind: objective.learner
-            for kind, (_, objective) in objectives.items()
-            if objective.learner
-        }
-
-        def on_save(done: int, seconds: float, new: bool, number: int = number) -> None:
-            spent[number] = seconds
-            if saved and new:
-                saved(number, done)
-
-        loop(
-            {"student": learner} | critics,
-            step,
-            here,
-            out,
-            f"{name}-{number}",
-            resume,
-            on_save,
-            phase.stage.student_steps,
-        )
-        for which in ("fake", "critic"):
-            if which in sdxl.unets:
-                sdxl.remove(which)
-    return sum(spent.values())
+        seconds += train_phase(job, phase, settings, f"{job.name}-{number}")
+        for name in ("fake", "critic"):
+            if name in job.sdxl.unets:
+                job.sdxl.remove(name)
+    return seconds
 
 
-def _step(
-    sdxl: SDXL,
-    phase: Phase,
-    data: Captioned,
-    settings: Training,
-    guidance,
-    learner: Learner,
-    objectives: dict,
-) -> Callable[[int], Step]:
-    """One training step of a phase."""
-    stage, device, size, autocast = (
-        phase.stage,
-        sdxl.device,
-        settings.batch // settings.accumulate,
-        settings.precision == "bf16",
+def train_phase(job: Distillation, phase: Phase, settings: Training, name: str) -> float:
+    """-> the seconds that it took."""
+    sdxl = job.sdxl
+    weights = sdxl.weights("student")
+    averages = [(sdxl.weights("average"), settings.ema_at)]
+    target = None
+    if phase.target_ema is not None:
+        target = sdxl.denoiser("target")
+        with torch.no_grad():
+            for key, value in sdxl.weights("target").items():
+                value.copy_(weights[key])
+        averages.append((sdxl.weights("target"), lambda step: phase.target_ema))
+    student = sdxl.denoiser("student")
+    w = told_guidance if job.guidance_input else job.guidance
+    teacher = guided(sdxl.denoiser(), w, unconditional)
+    objectives = {kind: OBJECTIVES[kind](job) for kind, _ in phase.objectives}
+    critics = {kind: o.learner for kind, o in objectives.items() if o.learner}
+    for critic in critics.values():
+        critic.lr_scale = phase.critic_lr
+    learners = {"student": Learner(weights, settings.clip, averages), **critics}
+    run = Run(name, learners, settings, job.out, job.resume, phase.method.student_steps)
+    autocast = torch.autocast(
+        sdxl.device.type,
+        torch.bfloat16,
+        enabled=settings.precision == "bf16",
+        cache_enabled=False,  # it would hand weights cast without gradient to the student's call
     )
-    student, teacher = sdxl.denoiser("student"), sdxl.denoiser()
-    target = None if stage.target_ema is None else sdxl.denoiser("target")
-
-    def loss(chosen: Tensor, progress: float) -> tuple[Tensor, LossOutput, dict[str, Tensor]]:
-        if stage.share_run:
-            chosen = chosen[:: stage.run].repeat_interleave(stage.run)
-        cond = Condition(*(None if c is None else c.to(device) for c in rows(data.cond, chosen)))
-        x, w = data.latents[chosen].to(device) if stage.z_from == "data" else None, guidance
-        noise = torch.randn(len(chosen), sdxl.channels, sdxl.size, sdxl.size, device=device)
-        if isinstance(guidance, tuple):
-            cond = cond._replace(
-                omega=guidance[0]
-                - 1
-                + (guidance[1] - guidance[0]) * torch.rand(len(chosen), device=device)
-            )
-            w = _told
-        output = consistency_loss(
-            student,
-            x,
-            cond,
-            stage,
-            teacher=guided(teacher, w, unconditional),
-            target=target,
-            progress=progress,
-            noise=noise,
-        )
-        # Every loss acts on x_hat, and only through it on the student. Their scales have nothing to do with each other (a mean over
-        # dimensions, logits, a reward), so a weight is the ratio of the gradients' norms there.
-        (total,) = torch.autograd.grad(output.loss, output.x_hat)
-        norm, figures, prompts = total.norm(), {}, [data.prompts[i] for i in chosen]
-        for kind, (weight, objective) in objectives.items():
-            figures[kind], extra = gradient(objective, output, prompts)
-            total = total + weight * norm / extra.norm().clamp_min(1e-12) * extra
-        return total, output, figures
-
-    def step(index: int) -> Step:
-        outputs, figures = [], {}
-        for chosen in batch_indices(len(data.prompts), settings.batch, index, settings.seed).split(
-            size
-        ):
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
-                total, output, figures = loss(chosen, index / settings.iterations)
+    for step in run:
+        rows = batch_indices(len(job.prompts), settings.batch, step, settings.seed)
+        outputs = []
+        for chosen in rows.split(settings.batch // settings.accumulate):
+            if phase.share_rollout:
+                first = chosen[:: phase.rollout_steps]
+                chosen = first.repeat_interleave(phase.rollout_steps)
+            x, noise, cond = batch(job, phase, chosen)
+            with autocast:
+                x, z_t, t = draw_states(phase, x, noise, cond, student, teacher, run.progress)
+                output = consistency_loss(
+                    student,
+                    x,
+                    cond,
+                    phase.method,
+                    teacher=teacher,
+                    target=target,
+                    progress=run.progress,
+                    t=t,
+                    z_t=z_t,
+                )
+                prompts = [job.prompts[i] for i in chosen]
+                total, values = total_gradient(output, objectives, phase, prompts)
             output.x_hat.backward(total * (len(chosen) / settings.batch))
+            run.record(output.per_sample, output.t)
+            run.note(**values)
             outputs.append(output._replace(x_hat=output.x_hat.detach()))
-        norm = learner.update(settings.lr_at(index), index)
-        for kind, (_, objective) in objectives.items():
-            for _ in range(objective.updates):
+        run.update()
+        for kind, critic in critics.items():
+            for _ in range(objectives[kind].updates):
                 for output in outputs:
-                    with torch.autocast(
-                        device.type, torch.bfloat16, enabled=autocast, cache_enabled=False
-                    ):
-                        critic = objective.critic_loss(output)
-                    (critic / len(outputs)).backward()
-                objective.learner.update(phase.critic_lr * settings.lr_at(index), index)
-                figures[f"{kind}_critic"] = critic.detach()
-        return Step(
-            torch.cat([o.per_sample.detach() for o in outputs]),
-            torch.cat([o.t for o in outputs]),
-            norm,
-            figures,
-        )
-
-    return step
+                    with autocast:
+                        loss = objectives[kind].critic_loss(output)
+                    (loss / len(outputs)).backward()
+                critic.update()
+            run.note(**{f"{kind}_critic": loss})
+    return run.seconds
 
 
-def _told(cond: Condition) -> Tensor:
+def batch(
+    job: Distillation, phase: Phase, chosen: Tensor
+) -> tuple[Tensor | None, Tensor, Condition]:
+    """-> latents (or None), noise and conditions of the chosen prompts, on the device."""
+    sdxl = job.sdxl
+    cond = on_device(select(job.cond, chosen), sdxl.device)
+    x = job.latents[chosen].to(sdxl.device) if phase.states == "data" else None
+    noise = torch.randn(len(chosen), sdxl.channels, sdxl.size, sdxl.size, device=sdxl.device)
+    if job.guidance_input:
+        low, high = job.guidance
+        omega = low - 1 + (high - low) * torch.rand(len(chosen), device=sdxl.device)
+        cond = cond._replace(omega=omega)
+    return x, noise, cond
+
+
+def told_guidance(cond: Condition) -> Tensor:
     """The teacher's guidance is what the student is told."""
     return cond.omega + 1
 
 
-def _objective(
-    kind: str,
-    sdxl: SDXL,
-    data: Captioned,
-    guidance: float | tuple[float, float],
-    reward: tuple[Reward, float] | None,
-):
-    w = sum(guidance) / 2 if isinstance(guidance, tuple) else guidance
-    if kind == "preference":
-        most = None if sdxl.size <= 32 else 2  # a decoder of full size is dear
-        return Preference(reward[0], sdxl.to_images, reward[1], data.prompts, most)
-    if kind == "distribution_matching":
-        return DistributionMatching(sdxl, w)
-    if kind in ("adversarial", "adversarial_diffused"):
-        return Adversarial(sdxl, diffused=kind == "adversarial_diffused")
-    raise InputError(
-        f"unknown objective {kind!r}: preference, distribution_matching, adversarial and adversarial_diffused exist"
-    )
+def total_gradient(
+    output: LossOutput,
+    objectives: dict[str, Objective],
+    phase: Phase,
+    prompts: Sequence[str],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-> the gradient at x_hat of the consistency loss and the further objectives, their values.
+
+    Every loss acts on x_hat, and only through it on the student. Their scales have nothing to do
+    with each other (a mean over dimensions, logits, a reward), so a weight is the ratio of the
+    gradients' norms there.
+    """
+    (total,) = torch.autograd.grad(output.loss, output.x_hat)
+    norm = total.norm()
+    values = {}
+    for kind, weight in phase.objectives:
+        values[kind], further = gradient(objectives[kind], output, prompts)
+        total = total + weight * norm / further.norm().clamp_min(1e-12) * further
+    return total, values

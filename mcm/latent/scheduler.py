@@ -1,4 +1,4 @@
-"""The sampler of our students for stock diffusers pipelines: `pipe.scheduler = MCMScheduler.from_pretrained(folder)`."""
+"""The students' sampler for stock pipelines: pipe.scheduler = MCMScheduler.from_pretrained(folder)."""
 
 import inspect
 from collections.abc import Sequence
@@ -10,10 +10,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..denoiser import Denoiser
 from ..errors import InputError
-from ..sampling import MILESTONES, noised
+from ..sampling import noised
 from ..schedule import DiscreteSchedule
 from ..solvers import ddim, expand
+from .recipes import MILESTONES
+
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x"}
+"""diffusers' names for what a network predicts, and ours."""
 
 
 def re_noising_timesteps(train_steps: int = 1000) -> dict[str, list[int]]:
@@ -25,18 +30,19 @@ def re_noising_timesteps(train_steps: int = 1000) -> dict[str, list[int]]:
 
 
 def uniform_timesteps(steps: Sequence[int], train_steps: int = 1000) -> dict[str, list[int]]:
-    """The upper ends of K equal segments (arXiv 2403.06807, algorithm 2), for each K in steps."""
+    """The upper ends of K equal segments (arXiv 2403.06807, Algorithm 2), for each K in steps."""
     return {str(k): [round(i * train_steps / k) - 1 for i in range(k, 0, -1)] for k in steps}
 
 
 class MCMScheduler(SchedulerMixin, ConfigMixin):
     """Few-step sampling at the timesteps that the training used.
 
-    timesteps: number of steps (as a string) -> the timesteps, falling. The other arguments describe the noise schedule and prediction
-    type of the base model; `like` takes them over.
+    timesteps: number of steps (as a string) -> the timesteps, falling. The other arguments describe
+        the noise schedule and prediction type of the base model; `like` takes them over.
 
-    step(..., eta): as in TCD (arXiv 2402.19159), where it is called gamma; pipelines forward the name eta. 0 walks on along DDIM (MCM's
-    algorithm 2); 1 noises x_hat afresh (consistency sampling); between, DDIM goes to (1 - eta) of the next time and noise is added back.
+    step(..., eta): as in TCD (arXiv 2402.19159), where it is called gamma; pipelines forward the
+    name eta. 0 walks on along DDIM (MCM's Algorithm 2); 1 noises x_hat afresh (consistency
+    sampling); between, DDIM goes to (1 - eta) of the next time and noise is added back.
     """
 
     order = 1
@@ -63,11 +69,10 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
         )
         self.alphas_cumprod = base.alphas_cumprod
         self.schedule = DiscreteSchedule(self.alphas_cumprod)
-        self.table = {
-            int(k): list(v)
-            for k, v in (timesteps or re_noising_timesteps(num_train_timesteps)).items()
-        }
-        self.init_noise_sigma, self.num_inference_steps = 1.0, None
+        timesteps = timesteps or re_noising_timesteps(num_train_timesteps)
+        self.table = {int(k): list(v) for k, v in timesteps.items()}
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
 
     @classmethod
@@ -76,10 +81,8 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
     ) -> "MCMScheduler":
         """With the noise schedule of the scheduler that came with a pipeline."""
         names = set(inspect.signature(cls.__init__).parameters) - {"self", "timesteps"}
-        return cls(
-            **{name: value for name, value in scheduler.config.items() if name in names},
-            timesteps=timesteps,
-        )
+        taken = {name: value for name, value in scheduler.config.items() if name in names}
+        return cls(**taken, timesteps=timesteps)
 
     def set_timesteps(
         self,
@@ -87,27 +90,26 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
     ):
-        """Take the table's timesteps for this number of steps, or the ones given. Raises InputError for a number that is not in the table."""
+        """Take the table's timesteps for this number of steps, or the ones given.
+
+        Raises InputError for a number that is not in the table, or for timesteps that do not fall.
+        """
         if timesteps is None:
             if num_inference_steps not in self.table:
                 known = ", ".join(map(str, sorted(self.table)))
                 raise InputError(
-                    f"this student was not trained for {num_inference_steps} steps: use num_inference_steps of {known}, or pass timesteps="
+                    f"this student was not trained for {num_inference_steps} steps: use "
+                    f"num_inference_steps of {known}, or pass timesteps="
                 )
             timesteps = self.table[num_inference_steps]
         timesteps = [int(t) for t in timesteps]
-        if (
-            not timesteps
-            or sorted(set(timesteps), reverse=True) != timesteps
-            or not 0 <= timesteps[-1] <= timesteps[0] < len(self)
-        ):
+        falling = sorted(set(timesteps), reverse=True) == timesteps
+        if not timesteps or not falling or timesteps[-1] < 0 or timesteps[0] >= len(self):
             raise InputError(
                 f"timesteps {timesteps} must fall strictly and lie between 0 and {len(self) - 1}"
             )
-        self.num_inference_steps, self.timesteps = (
-            len(timesteps),
-            torch.tensor(timesteps, device=device),
-        )
+        self.num_inference_steps = len(timesteps)
+        self.timesteps = torch.tensor(timesteps, device=device)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         return sample
@@ -121,50 +123,49 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """From the network's output at this timestep to the sample at the next one; from the last timestep to x_hat itself."""
+        """From the network's output at this timestep to the sample at the next one.
+
+        From the last timestep, to x_hat itself. Raises InputError for a timestep that is not set.
+        """
         place = (self.timesteps == timestep).nonzero()
         if len(place) != 1:
             raise InputError(
-                f"timestep {int(timestep)} is not among {self.timesteps.tolist()}: call set_timesteps first"
+                f"timestep {int(timestep)} is not among {self.timesteps.tolist()}: call "
+                "set_timesteps first"
             )
-        t, following = self._time(int(timestep), sample), self.timesteps[place[0, 0] + 1 :]
-        z, output = sample.float(), model_output.float()
-        alpha, sigma = (expand(a, z) for a in self.schedule(t))
-        kind = self.config.prediction_type
-        x_hat = (
-            (z - sigma * output) / alpha
-            if kind == "epsilon"
-            else alpha * z - sigma * output
-            if kind == "v_prediction"
-            else output
-        )
-        if not len(following):
-            previous = x_hat
+        t = self._time(int(timestep), sample)
+        following = self.timesteps[place[0, 0] + 1 :]
+        z = sample.float()
+        prediction = PREDICTIONS.get(self.config.prediction_type, "x")
+        x_hat = Denoiser(lambda *_: model_output, self.schedule, prediction)(z, t)
+        if len(following):
+            previous = self._towards(x_hat, z, t, int(following[0]), eta, generator)
         else:
-            after = self._time(int(following[0]), sample)
-            between = (1 - eta) * after
-            previous = ddim(x_hat, z, t, between, self.schedule)
-            if eta > 0:  # z_after given z_between: the forward process from the one to the other
-                (alpha, _), (alpha_after, _) = self.schedule(between), self.schedule(after)
-                kept = alpha_after / alpha
-                noise = randn_tensor(z.shape, generator=generator, device=z.device)
-                previous = expand(kept, z) * previous + expand(torch.sqrt(1 - kept**2), z) * noise
+            previous = x_hat
         previous = previous.to(sample.dtype)
         return SchedulerOutput(previous) if return_dict else (previous,)
 
+    def _towards(
+        self, x_hat: Tensor, z: Tensor, t: Tensor, following: int, eta: float, generator
+    ) -> Tensor:
+        after = self._time(following, z)
+        between = (1 - eta) * after
+        z_between = ddim(x_hat, z, t, between, self.schedule)
+        if eta <= 0:
+            return z_between
+        # z_after given z_between: the forward process from the one to the other
+        kept = self.schedule(after)[0] / self.schedule(between)[0]
+        noise = randn_tensor(z.shape, generator=generator, device=z.device)
+        return expand(kept, z) * z_between + expand(torch.sqrt(1 - kept**2), z) * noise
+
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        t = (timesteps.double() + 1) / len(self)
-        return noised(
-            original_samples.float(),
-            t.to(original_samples.device).expand(len(original_samples)),
-            noise.float(),
-            self.schedule,
-        ).to(original_samples.dtype)
+        x = original_samples.float()
+        t = ((timesteps.double() + 1) / len(self)).to(x.device).expand(len(x))
+        return noised(x, t, noise.float(), self.schedule).to(original_samples.dtype)
 
     def _time(self, timestep: int, like: Tensor) -> Tensor:
-        return torch.full(
-            (len(like),), (timestep + 1) / len(self), dtype=torch.float64, device=like.device
-        )
+        t = (timestep + 1) / len(self)
+        return torch.full((len(like),), t, dtype=torch.float64, device=like.device)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

@@ -1,8 +1,9 @@
-"""A real SDXL pipeline, of tiny size, trained from scratch on captioned pictures: minutes on a CPU, no download.
+"""A real SDXL pipeline, of tiny size, trained from scratch on captioned images: no download.
 
-Everything is of the kinds that SDXL is made of: an AutoencoderKL, two CLIP text encoders with two tokenizers, a UNet with
-text_time embeddings, the scaled-linear schedule of 1000 steps with its non-zero terminal SNR, epsilon-prediction. What is saved
-loads in stock diffusers. Only the sizes differ, and that nobody trained the text encoders before: they learn with the UNet.
+Everything is of the kinds that SDXL is made of: an AutoencoderKL, two CLIP text encoders with two
+tokenizers, a UNet with text_time embeddings, the scaled-linear schedule of 1000 steps with its
+non-zero terminal SNR, epsilon-prediction. What is saved loads in stock diffusers. Only the sizes
+differ, and that nobody trained the text encoders before: they learn with the UNet.
 """
 
 import json
@@ -21,53 +22,62 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from ..denoiser import Denoiser
 from ..errors import InputError
-from ..lab.data import to_float
-from ..lab.run import Learner, Step, Training, batch_indices, loop
+from ..lab.data import batch_indices, to_float
+from ..lab.run import Learner, Run, Training
 from ..losses import diffusion_loss
 from ..solvers import mean_over_dims
 from .sdxl import Condition, Network, noise_schedule
 
-SPECIAL = [
-    "!",
-    "<|pad|>",
-    "<|startoftext|>",
-    "<|endoftext|>",
-]  # the end must not be id 2: transformers then pools at the largest id instead
+# the end must not be id 2: transformers then pools at the largest id instead
+SPECIAL = ["!", "<|pad|>", "<|startoftext|>", "<|endoftext|>"]
+WIDTH = 64  # of each text encoder
 
 
 def make_tokenizer(captions: Sequence[str], folder: Path, vocabulary: int) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair vocabulary is learned from these captions; every other text still tokenises."""
-    if not (folder / "merges.txt").is_file():  # a run that goes on keeps its tokens
-        model, alphabet = (
-            CLIPTokenizer({token: i for i, token in enumerate(SPECIAL)}, [])._tokenizer,
-            sorted(ByteLevel.alphabet()),
-        )
-        trainer = BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=SPECIAL,
-            initial_alphabet=alphabet,
-            end_of_word_suffix="</w>",
-            show_progress=False,
-        )
-        model.train_from_iterator(captions, trainer)
-        learned = json.loads(model.to_str())["model"]
-        # Numbered anew, as the trainer's order is not the same in every run; with single letters that end a word, seen or not.
-        tokens = SPECIAL + sorted(
-            (set(learned["vocab"]) | {letter + "</w>" for letter in alphabet}) - set(SPECIAL)
-        )
+    """A CLIP tokenizer whose byte-pair vocabulary is learned from these captions.
+
+    Every other text still tokenises. A run that is continued keeps its tokens.
+    """
+    vocab_file = folder / "vocab.json"
+    merges_file = folder / "merges.txt"
+    if not merges_file.is_file():
+        vocab, merges = learn_tokens(captions, vocabulary)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-        merges = [" ".join(m) if isinstance(m, list) else m for m in learned["merges"]]
-        (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(m + "\n" for m in merges))
-    vocab = json.loads((folder / "vocab.json").read_text())
-    merges = [tuple(m.split(" ")) for m in (folder / "merges.txt").read_text().split("\n")[1:-1]]
+        vocab_file.write_text(json.dumps(vocab), encoding="utf-8")
+        lines = ["#version: 0.2", *merges, ""]
+        merges_file.write_text("\n".join(lines), encoding="utf-8")
+    vocab = json.loads(vocab_file.read_text(encoding="utf-8"))
+    lines = merges_file.read_text(encoding="utf-8").split("\n")[1:-1]
+    merges = [tuple(line.split(" ")) for line in lines]
     tokenizer = CLIPTokenizer(vocab, merges, pad_token="<|endoftext|>")
     longest = max(len(tokenizer(c).input_ids) for c in captions)
     tokenizer.model_max_length = min(77, 8 * math.ceil(longest / 8))
     return tokenizer
 
 
+def learn_tokens(captions: Sequence[str], vocabulary: int) -> tuple[dict[str, int], list[str]]:
+    """-> token to id, and the merges, "a b" each."""
+    model = CLIPTokenizer({token: i for i, token in enumerate(SPECIAL)}, [])._tokenizer
+    alphabet = sorted(ByteLevel.alphabet())
+    trainer = BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=SPECIAL,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    model.train_from_iterator(captions, trainer)
+    learned = json.loads(model.to_str())["model"]
+    # Renumbered, as the trainer's order is not the same in every run; with single letters that end
+    # a word, seen or not.
+    ends = {letter + "</w>" for letter in alphabet}
+    tokens = SPECIAL + sorted((set(learned["vocab"]) | ends) - set(SPECIAL))
+    merges = [" ".join(m) if isinstance(m, list) else m for m in learned["merges"]]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
 def text_encoder(tokenizer: CLIPTokenizer, width: int, projection: bool) -> nn.Module:
+    """One of SDXL's two text encoders; the second has a projection."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -82,17 +92,17 @@ def text_encoder(tokenizer: CLIPTokenizer, width: int, projection: bool) -> nn.M
         pad_token_id=tokenizer.pad_token_id,
     )
     model = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
-    for embedding in (m for m in model.modules() if isinstance(m, nn.Embedding)):
-        nn.init.normal_(
-            embedding.weight, std=0.5
-        )  # CLIP's 0.02 would starve the cross-attention, which reads an unnormalised layer
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            # CLIP's 0.02 would starve the cross-attention, which reads an unnormalised layer
+            nn.init.normal_(module.weight, std=0.5)
     return model
 
 
 def make_unet(
     latent_size: int, width: int, latent_channels: int = 4, channels: Sequence[int] = (64, 128)
 ) -> UNet2DConditionModel:
-    """width: of one text encoder, of two."""
+    """width: of one text encoder, of two. channels: of the UNet's two resolutions."""
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=latent_channels,
@@ -112,32 +122,7 @@ def make_unet(
     )
 
 
-def train_tiny_sdxl(
-    captions: Sequence[str],
-    pictures: Tensor,
-    out: Path,
-    vae: Training,
-    unet: Training,
-    width: int = 64,
-    resume: bool = True,
-    latent_channels: int = 4,
-    device: str | torch.device = "cpu",
-    channels: Sequence[int] = (64, 128),
-) -> StableDiffusionXLPipeline:
-    """Train a pipeline on pictures (n, 3, S, S) uint8, S a multiple of 8, and their captions; save it in `out` and return it.
-
-    vae, unet: how long to train the two parts. channels: of the UNet's two resolutions. A pipeline that is there already is loaded instead; a run cut short goes on.
-    """
-    if (out / "model_index.json").is_file():
-        return StableDiffusionXLPipeline.from_pretrained(out)
-    size = pictures.shape[-1]
-    if size % 8:
-        raise InputError(
-            f"pictures of {size} pixels do not fit the autoencoder: their side must be a multiple of 8"
-        )
-    work = out.with_name(out.name + ".partial")
-    work.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(vae.seed)
+def make_autoencoder(size: int, latent_channels: int) -> AutoencoderKL:
     autoencoder = AutoencoderKL(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -149,17 +134,16 @@ def train_tiny_sdxl(
         sample_size=size,
         scaling_factor=1.0,
     )
-    with torch.no_grad():  # log-variances start low: noise as loud as the latents would hold up the first thousand steps
+    with torch.no_grad():
+        # log-variances start low: noise as loud as the latents would hold up the first thousand
+        # steps
         autoencoder.quant_conv.bias[latent_channels:] -= 6
-    vocabulary = (
-        324 if len(set(captions)) > 4 * len({w for c in captions for w in c.split()}) else 2000
-    )
-    tokenizers = [
-        make_tokenizer(captions, work / name, vocabulary) for name in ("tokenizer", "tokenizer_2")
-    ]
-    encoders = [text_encoder(tokenizers[0], width, False), text_encoder(tokenizers[1], width, True)]
-    network = make_unet(size // 4, width, latent_channels, channels)
-    scheduler = DDIMScheduler(
+    return autoencoder
+
+
+def sdxl_scheduler() -> DDIMScheduler:
+    """SDXL's noise schedule, sampled from its very end."""
+    return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -169,30 +153,56 @@ def train_tiny_sdxl(
         steps_offset=1,
     )
 
+
+def train_tiny_sdxl(
+    captions: Sequence[str],
+    images: Tensor,
+    out: Path,
+    vae: Training,
+    unet: Training,
+    *,
+    latent_channels: int = 4,
+    channels: Sequence[int] = (64, 128),
+    device: str | torch.device = "cpu",
+) -> StableDiffusionXLPipeline:
+    """Train a pipeline on images (n, 3, S, S) uint8 and their captions; save it in `out`, return
+    it.
+
+    vae, unet: how long to train the two parts. channels: of the UNet's two resolutions. A pipeline
+    that is there already is loaded instead; a run cut short is continued. Raises InputError unless
+    S is a multiple of 8.
+    """
+    if (out / "model_index.json").is_file():
+        return StableDiffusionXLPipeline.from_pretrained(out)
+    size = images.shape[-1]
+    if size % 8:
+        raise InputError(
+            f"images of {size} pixels do not fit the autoencoder: their side must be a multiple of 8"
+        )
+    work = out.with_name(out.name + ".partial")
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(vae.seed)
+    autoencoder = make_autoencoder(size, latent_channels)
+    words = {word for caption in captions for word in caption.split()}
+    vocabulary = 324 if len(set(captions)) > 4 * len(words) else 2000
+    tokenizers = [
+        make_tokenizer(captions, work / name, vocabulary) for name in ("tokenizer", "tokenizer_2")
+    ]
+    encoders = [text_encoder(t, WIDTH, projection=bool(n)) for n, t in enumerate(tokenizers)]
+    network = make_unet(size // 4, WIDTH, latent_channels, channels)
+    parts = (autoencoder, *encoders, *tokenizers, network, sdxl_scheduler())
+    pipe = StableDiffusionXLPipeline(
+        *parts, force_zeros_for_empty_prompt=True, add_watermarker=False
+    )
     for module in (autoencoder, network):  # a quarter faster on a CPU
         module.to(memory_format=torch.channels_last)
-    for module in (autoencoder, network, *encoders):
-        module.to(device)
-    train_autoencoder(autoencoder, pictures, vae, work, resume)
-    latents = encode(autoencoder, to_float(pictures))
-    train_unet(
-        network, encoders, tokenizers, scheduler, captions, latents, size, unet, work, resume
-    )
-
-    pipe = StableDiffusionXLPipeline(
-        autoencoder,
-        *encoders,
-        *tokenizers,
-        network,
-        scheduler,
-        force_zeros_for_empty_prompt=True,
-        add_watermarker=False,
-    )
+    pipe.to(device)
+    train_autoencoder(autoencoder, images, vae, work)
+    latents = encode(autoencoder, to_float(images))
+    train_unet(pipe, captions, latents, size, unet, work)
     pipe.save_pretrained(work)
-    for name in (
-        "tokenizer",
-        "tokenizer_2",
-    ):  # transformers 5 writes only tokenizer.json; versions before it read these two
+    for name in ("tokenizer", "tokenizer_2"):
+        # transformers 5 writes only tokenizer.json; versions before it read these two
         for file in ("vocab.json", "merges.txt"):
             assert (work / name / file).is_file()
     for state in work.glob("*.safetensors"):
@@ -205,119 +215,108 @@ def train_tiny_sdxl(
 
 @torch.no_grad()
 def encode(autoencoder: AutoencoderKL, x: Tensor) -> Tensor:
-    device = autoencoder.device
-    return torch.cat(
-        [autoencoder.encode(part.to(device)).latent_dist.mode().cpu() for part in x.split(64)]
-    )
+    parts = (part.to(autoencoder.device) for part in x.split(64))
+    return torch.cat([autoencoder.encode(part).latent_dist.mode().cpu() for part in parts])
 
 
 def train_autoencoder(
-    autoencoder: AutoencoderKL, pictures: Tensor, settings: Training, out: Path, resume: bool
+    autoencoder: AutoencoderKL, images: Tensor, settings: Training, out: Path
 ) -> None:
-    """Squared errors; absolute and squared errors of the finite differences, which are the edges; a touch of KL. The decoder sees latents
-    with noise of 0.15 of their spread, so that it forgives what a UNet gets wrong. At the end the latents are whitened, so that
-    scaling_factor = 1 is right."""
-    device = autoencoder.device
-    learner = Learner(dict(autoencoder.named_parameters()), settings.clip)
+    """Squared errors; absolute and squared errors of the finite differences (the edges); some KL.
 
-    def step(index: int) -> Step:
-        x = to_float(
-            pictures[batch_indices(len(pictures), settings.batch, index, settings.seed)]
-        ).to(device)
+    The decoder sees latents with noise of 0.15 of their spread, so that it forgives what a UNet
+    gets wrong. At the end the latents are whitened, so that scaling_factor = 1 is right.
+    """
+    learner = Learner(dict(autoencoder.named_parameters()), settings.clip)
+    run = Run("vae", {"vae": learner}, settings, out, resume=True)
+    for step in run:
+        rows = batch_indices(len(images), settings.batch, step, settings.seed)
+        x = to_float(images[rows]).to(autoencoder.device)
         posterior = autoencoder.encode(x).latent_dist
         z = posterior.sample()
         spread = z.detach().std((0, 2, 3), keepdim=True)
         error = autoencoder.decode(z + 0.15 * spread * torch.randn_like(z)).sample - x
-        edges = sum(
-            mean_over_dims(0.05 * d.abs() + 0.3 * d**2)
-            for d in (error.diff(dim=2), error.diff(dim=3))
-        )
+        differences = (error.diff(dim=2), error.diff(dim=3))
+        edges = sum(mean_over_dims(0.05 * d.abs() + 0.3 * d**2) for d in differences)
         per_sample = mean_over_dims(error**2) + edges + 5e-8 * posterior.kl()
         per_sample.mean().backward()
-        norm = learner.update(settings.lr_at(index), index)
-        return Step(
-            per_sample.detach(),
-            torch.ones(len(x)),
-            norm,
-            {"rms": mean_over_dims(error.detach() ** 2).mean().sqrt()},
-        )
-
-    loop({"vae": learner}, step, settings, out, "vae", resume, lambda *_: None)
-    whiten(autoencoder, to_float(pictures[:4096]))
+        run.update()
+        run.record(per_sample)
+        run.note(rms=mean_over_dims(error.detach() ** 2).mean().sqrt())
+    whiten(autoencoder, to_float(images[:4096]))
 
 
 @torch.no_grad()
 def whiten(autoencoder: AutoencoderKL, x: Tensor) -> None:
-    """Fold the means and spreads of the latents of x (n, 3, S, S) into the 1x1 convolutions around them: no picture changes, and the
-    latents have mean 0 and variance 1 in each channel without a scaling factor."""
+    """Fold the means and spreads of the latents of x (n, 3, S, S) into the 1x1 convolutions around.
+
+    No image changes, and the latents have mean 0 and variance 1 in each channel without a scaling
+    factor.
+    """
     latents = encode(autoencoder, x).double()
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    into, back, channels = autoencoder.quant_conv, autoencoder.post_quant_conv, len(mean)
-    into.weight[:channels] /= std[:, None, None, None].to(into.weight)
-    into.bias[:channels] = ((into.bias[:channels].double().cpu() - mean) / std).to(into.bias)
-    into.bias[channels:] -= 2 * std.log().to(into.bias)  # the log-variances
+    mean = latents.mean((0, 2, 3))
+    std = latents.std((0, 2, 3))
+    into = autoencoder.quant_conv
+    back = autoencoder.post_quant_conv
+    n = len(mean)
+    into.weight[:n] /= std[:, None, None, None].to(into.weight)
+    into.bias[:n] = ((into.bias[:n].double().cpu() - mean) / std).to(into.bias)
+    into.bias[n:] -= 2 * std.log().to(into.bias)  # the log-variances
     back.bias += (back.weight[:, :, 0, 0].double().cpu() @ mean).to(back.bias)
     back.weight *= std[None, :, None, None].to(back.weight)
 
 
 def train_unet(
-    network: UNet2DConditionModel,
-    encoders: list[nn.Module],
-    tokenizers: list[CLIPTokenizer],
-    scheduler: DDIMScheduler,
+    pipe: StableDiffusionXLPipeline,
     captions: Sequence[str],
     latents: Tensor,
     size: int,
     settings: Training,
     out: Path,
-    resume: bool,
+    resume: bool = True,
 ) -> None:
-    """The diffusion loss on latents, weighted half-way between the v- and the epsilon-loss; one caption in ten is dropped for guidance."""
-    device = network.device
-    schedule, prediction = noise_schedule(scheduler)
-    denoiser = Denoiser(Network(network, None), schedule, prediction)
-    modules = {"unet": network, "text_encoder": encoders[0], "text_encoder_2": encoders[1]}
+    """Train the pipeline's UNet and text encoders, on latents of images of this size.
+
+    The diffusion loss, weighted half-way between the v- and the epsilon-loss; one caption in ten is
+    dropped for guidance.
+    """
+    device = pipe.unet.device
+    schedule, prediction = noise_schedule(pipe.scheduler)
+    denoiser = Denoiser(Network(pipe.unet, None), schedule, prediction)
+    modules = {name: getattr(pipe, name) for name in ("unet", "text_encoder", "text_encoder_2")}
     weights = {
         f"{name}.{key}": value
         for name, module in modules.items()
         for key, value in module.named_parameters()
     }
-    learner = Learner(weights, settings.clip, weight_decay=0.01)
-    ids = [
-        t(
+    first_ids, second_ids = (
+        tokenizer(
             list(captions),
             padding="max_length",
-            max_length=t.model_max_length,
+            max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        for t in tokenizers
-    ]
-    time_ids = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32, device=device)
+        for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
+    )
+    sizes = [size, size, 0, 0, size, size]
+    time_ids = torch.tensor(sizes, dtype=torch.float32, device=device)
     for module in modules.values():
         module.train()
-
-    def step(index: int) -> Step:
-        rows = batch_indices(len(captions), settings.batch, index, settings.seed)
-        first, second = (
-            encoder(i[rows].to(device), output_hidden_states=True)
-            for encoder, i in zip(encoders, ids)
-        )
-        kept = (torch.rand(len(rows), device=device) >= 0.1).float()
-        states = (
-            torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1) * kept[:, None, None]
-        )
-        cond = Condition(states, second.text_embeds * kept[:, None], time_ids.expand(len(rows), 6))
+    learner = Learner(weights, settings.clip, weight_decay=0.01)
+    run = Run("teacher", {"teacher": learner}, settings, out, resume)
+    for step in run:
+        rows = batch_indices(len(captions), settings.batch, step, settings.seed)
+        first = pipe.text_encoder(first_ids[rows].to(device), output_hidden_states=True)
+        second = pipe.text_encoder_2(second_ids[rows].to(device), output_hidden_states=True)
+        kept = (torch.rand(len(rows), device=device) >= 0.1).float()[:, None]
+        states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
+        pooled = second.text_embeds * kept
+        cond = Condition(states * kept[..., None], pooled, time_ids.expand(len(rows), 6))
         output = diffusion_loss(denoiser, latents[rows].to(device), cond)
-        alpha = schedule(output.t)[0].float()
-        (output.per_sample * alpha).mean().backward()
-        return Step(
-            (output.per_sample * alpha).detach(),
-            output.t,
-            learner.update(settings.lr_at(index), index),
-            {},
-        )
-
-    loop({"teacher": learner}, step, settings, out, "teacher", resume, lambda *_: None)
+        per_sample = output.per_sample * schedule(output.t)[0].float()
+        per_sample.mean().backward()
+        run.update()
+        run.record(per_sample, output.t)
     for module in modules.values():
         module.eval()

@@ -15,30 +15,30 @@ import run_cifar
 
 
 def test_an_ablation_changes_what_it_says_and_no_more():
-    """Variants of a group differ, and each only in its phases or in the fields that its group is about."""
+    """Variants of a group differ, and each only in its phases or in the fields that its group is
+    about.
+    """
     for claim, variants in ablations.GROUPS.values():
         assert "arXiv" in claim or "TLCM (v6)" in claim
         assert len({recipe.phases for recipe in variants.values()}) == len(variants)
     progressive, states = ablations.GROUPS["progressive"][1], ablations.GROUPS["states"][1]
-    assert [p.stage.student_steps for p in progressive["8-4-2"].phases] == [8, 4, 2]
-    assert [p.stage.student_steps for p in progressive["only-2"].phases] == [2]
+    assert [p.method.student_steps for p in progressive["8-4-2"].phases] == [8, 4, 2]
+    assert [p.method.student_steps for p in progressive["only-2"].phases] == [2]
     assert states["8-4-2-1"] == progressive["8-4-2-1"]
-    assert {p.stage.z_from for p in states["data-states"].phases} == {"data"} and states[
-        "data-states"
-    ].needs_images
+    data_states = states["data-states"]
+    assert {p.states for p in data_states.phases} == {"data"} and data_states.needs_images
     assert [len(recipe.phases) for recipe in ablations.GROUPS["tlcm"][1].values()] == [1, 2, 3, 4]
-    stages = {name: recipe.phases[0].stage for name, recipe in ablations.GROUPS["scott"][1].items()}
-    assert {name: stage.noise for name, stage in stages.items() if not stage.extra} == {
-        "eta-0": 0.0,
-        "eta-0.2": 0.2,
-        "eta-0.6": 0.6,
-        "er-sde-5": "er5",
-    }
-    assert all(bool(stage.extra) == name.endswith("-adversary") for name, stage in stages.items())
+    phases = {name: recipe.phases[0] for name, recipe in ablations.GROUPS["scott"][1].items()}
+    plain = {name: p.method.teacher_eta for name, p in phases.items() if not p.objectives}
+    assert plain == {"eta-0": 0.0, "eta-0.2": 0.2, "eta-0.6": 0.6, "er-sde-5": "er5"}
+    for name, phase in phases.items():
+        assert bool(phase.objectives) == name.endswith("-adversary")
 
 
 def test_means_and_spreads_over_seeds(tmp_path, capsys):
-    """Ratios are taken within a run, to the better undistilled row of equal sampler and cost, before they are averaged."""
+    """Ratios are taken within a run, to the better undistilled row of equal sampler and cost,
+    before they are averaged.
+    """
     plain = {"sampler": "renoise", "coverage": 0.5, "recall": 0.5, "alignment": None}
     for seed, scale in enumerate((1.0, 3.0)):
         rows = [
@@ -69,7 +69,9 @@ def test_asking_for_no_such_group_lists_them(capsys, monkeypatch):
 
 
 def test_every_question_is_asked_from_one_teacher(tmp_path, monkeypatch):
-    """The commands that are run: each differs from the base in what it says, takes its teacher, and is not repeated once there."""
+    """The commands that are run: each differs from the base in what it says, takes its teacher, and
+    is not repeated once there.
+    """
     commands = []
 
     def run(argv):
@@ -87,7 +89,7 @@ def test_every_question_is_asked_from_one_teacher(tmp_path, monkeypatch):
         Path(argv[argv.index("--out", 6) + 1]).name: run_cifar.parse(argv) for argv in commands
     }
     base = parsed.pop("base")
-    assert base.teacher is None and base.steps == [1, 2, 4, 8] and base.x_var == "none"
+    assert base.teacher is None and base.steps == (1, 2, 4, 8) and base.x_var == "none"
     for name, args in parsed.items():
         assert (
             args.seed == 3
@@ -109,8 +111,7 @@ def test_every_question_is_asked_from_one_teacher(tmp_path, monkeypatch):
             "random": "init",
         }
         assert differing == {expected[name]}
-        run_cifar.check(args)
-    assert [parsed[n].grid for n in ("few-points", "many-points")] == [[4, 4], [16, 16]]
+    assert [parsed[n].grid for n in ("few-points", "many-points")] == [(4, 4), (16, 16)]
     questions.study(["--data", "digits", "--seed", "3", "--out", str(out)])
     assert len(commands) == len(questions.VARIANTS)
 
@@ -178,7 +179,9 @@ def test_costs_are_measured_and_drawn(tmp_path, monkeypatch, capsys):
 
 
 def test_networks_of_equal_size_are_compared(tmp_path, monkeypatch, capsys):
-    """With this project's own, as the others need not be installed; all must be near to the size asked for as well."""
+    """With this project's own, as the others need not be installed; all must be near to the size
+    asked for as well.
+    """
     monkeypatch.setattr(
         unet_speed,
         "NETWORKS",

@@ -4,11 +4,12 @@ import functools
 
 import pytest
 import torch
+from loops import train
 
 import mcm
-from mcm import recipes
+from mcm import multistep
 from mcm.lab.data import load_data
-from mcm.lab.run import Training, train
+from mcm.lab.run import Training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 STEPS = 8
@@ -16,7 +17,9 @@ STEPS = 8
 
 @pytest.mark.parametrize("kind", ["teacher", "ct", "cd"])
 def test_a_training_step_never_waits_for_the_gpu(kind, tmp_path):
-    """Choosing the batch, the loss, its gradient and the update, between the second step and the last but one: PyTorch raises at the synchronisations it knows of."""
+    """Choosing the batch, the loss, its gradient and the update, between the second step and the
+    last but one: PyTorch raises at the synchronisations it knows of.
+    """
     data, calls = load_data("digits").to(torch.device("cuda")), []
     student, teacher = (
         mcm.Denoiser(mcm.UNet(8, 1, 32, (1, 1), 1, (4,), 10, dropout), mcm.CosineSchedule()).cuda()
@@ -26,10 +29,10 @@ def test_a_training_step_never_waits_for_the_gpu(kind, tmp_path):
     losses = {
         "teacher": lambda model, x, labels, progress: mcm.diffusion_loss(model, x, labels),
         "ct": lambda model, x, labels, progress: mcm.consistency_loss(
-            model, x, labels, recipes.mcm(4), progress=progress
+            model, x, labels, multistep(4), progress=progress
         ),
         "cd": lambda model, x, labels, progress: mcm.consistency_loss(
-            model, x, labels, recipes.mcm(4), teacher=teacher, progress=progress
+            model, x, labels, multistep(4), teacher=teacher, progress=progress
         ),
     }
 
@@ -67,7 +70,7 @@ def test_a_compiled_step_trains_the_same_weights(tmp_path):
         train(
             student,
             lambda m, x, labels, progress, teacher=teacher: mcm.consistency_loss(
-                m, x, labels, recipes.mcm(4), teacher=teacher
+                m, x, labels, multistep(4), teacher=teacher
             ),
             data,
             settings,

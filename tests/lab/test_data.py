@@ -10,7 +10,7 @@ from PIL import Image
 
 import mcm
 from mcm.lab import data as module
-from mcm.lab.data import captioned_folder, collected, load_data, to_float
+from mcm.lab.data import captioned_folder, cat_on_disk, load_data, to_float
 
 
 def test_digits():
@@ -302,10 +302,10 @@ def test_collected_on_disk_is_as_in_memory_and_leaves_nothing(tmp_path, dtype):
         torch.arange(24).reshape(4, 3, 2).to(dtype),
         torch.arange(6).reshape(1, 3, 2).to(dtype).transpose(1, 2).contiguous().transpose(1, 2),
     ]
-    kept = collected(iter(parts), tmp_path / "new")
+    kept = cat_on_disk(iter(parts), tmp_path / "new")
     assert (
         kept.dtype == dtype
-        and torch.equal(kept, collected(iter(parts)))
+        and torch.equal(kept, cat_on_disk(iter(parts)))
         and torch.equal(kept[torch.tensor([4, 0])], torch.cat(parts)[[4, 0]])
     )
     assert not list((tmp_path / "new").iterdir())
@@ -314,7 +314,7 @@ def test_collected_on_disk_is_as_in_memory_and_leaves_nothing(tmp_path, dtype):
 def test_a_full_disk_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(mcm.InputError, match="file cannot hold"):
-        collected(iter([torch.zeros(2)]), tmp_path / "file")
+        cat_on_disk(iter([torch.zeros(2)]), tmp_path / "file")
 
 
 def test_captioned_pictures_keep_their_captions(tmp_path, capsys):

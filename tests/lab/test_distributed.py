@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import mcm
-from mcm.lab import distributed as parallel
+from mcm.lab import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "--data digits --device cpu --channels 16 --teacher-iterations 12 --student-iterations 8 --steps 2 --samples 131 --classifier-iterations 20 --batch 32 --save-every 4 --lr 1e-3"
@@ -98,13 +98,13 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     with pytest.raises(
         mcm.InputError, match="2 processes on a machine with 1 GPUs: use --nproc_per_node 1"
     ):
-        parallel.start(None)
+        distributed.start(None)
 
 
 def test_dropout_differs_between_processes_and_agrees_between_the_two_calls_of_a_step(monkeypatch):
-    masks, network = {}, parallel.own_randomness(torch.nn.Dropout(0.5), torch.device("cpu"))
+    masks, network = {}, distributed.Parallel(torch.nn.Dropout(0.5), torch.device("cpu"))
     for rank in (0, 1):
-        monkeypatch.setattr(parallel, "place", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         torch.manual_seed(0)
         masks[rank] = network(torch.ones(100)) > 0
         assert torch.equal(

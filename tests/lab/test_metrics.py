@@ -12,7 +12,9 @@ from mcm.lab.data import digits, to_float
 
 
 def test_frechet_equals_the_closed_form():
-    """For samples standardised to have *exactly* a given mean and covariance. Commuting covariances: |dmu|^2 + sum (sqrt a - sqrt b)^2."""
+    """For samples standardised to have *exactly* a given mean and covariance. Commuting
+    covariances: |dmu|^2 + sum (sqrt a - sqrt b)^2.
+    """
     d, n = 5, 400
 
     def exactly(mean, covariance):
@@ -34,7 +36,9 @@ def test_frechet_equals_the_closed_form():
 
 
 def test_frechet_equals_an_independent_matrix_square_root():
-    """Covariances that do not commute, against tr sqrt(S_a S_b) from the eigenvalues of the product, which are real and positive."""
+    """Covariances that do not commute, against tr sqrt(S_a S_b) from the eigenvalues of the
+    product, which are real and positive.
+    """
     x, y = (
         torch.randn(300, 6).double() @ torch.randn(6, 6).double(),
         torch.randn(200, 6).double() @ torch.randn(6, 6).double() + 1,
@@ -52,7 +56,9 @@ def test_frechet_of_a_flat_distribution_is_finite():
 
 
 def test_precision_and_recall():
-    """One line of points: a fake set that covers half of it is precise and recalls half; strays cost precision."""
+    """One line of points: a fake set that covers half of it is precise and recalls half; strays
+    cost precision.
+    """
     real = torch.arange(100.0)[:, None]
     assert metrics.precision_recall(real, real) == (1.0, 1.0)
     precision, recall = metrics.precision_recall(real, real[:50] + 0.25)
@@ -64,7 +70,9 @@ def test_precision_and_recall():
 
 
 def test_precision_and_recall_of_many_samples_see_every_class():
-    """Classes come in turn, so that rows at even distances would miss some of them, and others in the other set."""
+    """Classes come in turn, so that rows at even distances would miss some of them, and others in
+    the other set.
+    """
     torch.manual_seed(0)
     classes = torch.arange(2000) % 10
     rows = torch.cat([100.0 * F.one_hot(classes, 10), torch.randn(2000, 2)], 1)
@@ -148,7 +156,9 @@ def test_other_weights_than_inception(downloads):
 
 
 def test_inception_features(downloads, monkeypatch):
-    """With random weights: what goes in is 8-bit RGB, and what comes out is the 2048 features of the port, of grey images too."""
+    """With random weights: what goes in is 8-bit RGB, and what comes out is the 2048 features of
+    the port, of grey images too.
+    """
     with monkeypatch.context() as patch:
         patch.setattr(port, "load_state_dict_from_url", lambda *_, **__: {})
         patch.setattr(port.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)

@@ -7,13 +7,14 @@ import threading
 
 import pytest
 import torch
+from loops import train
 from safetensors.torch import load_file
 
 import mcm
 import mcm.lab.run
-from mcm.lab.data import digits, to_float
-from mcm.lab.run import Training, batch_indices, train
-from mcm.recipes import mcm as recipe
+from mcm.lab.data import batch_indices, digits, to_float
+from mcm.lab.run import Training
+from mcm.method import multistep
 
 DATA = digits()
 
@@ -43,7 +44,9 @@ class Killed(Exception):
 @pytest.mark.parametrize("kill_at", [1, 4, 7, 11])
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, kill_at, kind):
-    """Weights, averaged weights, optimiser and the position in the annealing of the grid, with dropout on."""
+    """Weights, averaged weights, optimiser and the position in the annealing of the grid, with
+    dropout on.
+    """
     seen = []
 
     def loss(denoiser, x, labels, progress):
@@ -53,7 +56,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, kill_at
         if kind == "teacher":
             return diffusion(denoiser, x, labels, progress)
         return mcm.consistency_loss(
-            denoiser, x, labels, recipe(2, teacher_steps=(4, 64)), progress=progress
+            denoiser, x, labels, multistep(2, teacher_steps=(4, 64)), progress=progress
         )
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -88,7 +91,9 @@ def test_training_lowers_the_loss_and_saves_the_averaged_weights(tmp_path):
 
 
 def test_accumulation_is_the_same_gradient(tmp_path):
-    """Whole, or in three parts of unequal size: with the noise fixed, the first gradient before clipping is the same to rounding."""
+    """Whole, or in three parts of unequal size: with the noise fixed, the first gradient before
+    clipping is the same to rounding.
+    """
     noise = torch.randn(len(DATA.images), 1, 8, 8)
     lookup = {to_float(image).numpy().tobytes(): i for i, image in enumerate(DATA.images)}
 
@@ -144,7 +149,9 @@ def flat(model):
 
 
 def test_the_next_steps_do_not_wait_for_the_disk(tmp_path, monkeypatch):
-    """The state after step 4, and then the averaged weights, are on their way to a slow disk while step 5 runs; what arrives is of step 4."""
+    """The state after step 4, and then the averaged weights, are on their way to a slow disk while
+    step 5 runs; what arrives is of step 4.
+    """
     whole, slow = tmp_path / "whole", tmp_path / "slow"
     whole.mkdir(), slow.mkdir()
     averages = []
@@ -179,8 +186,8 @@ def test_the_next_steps_do_not_wait_for_the_disk(tmp_path, monkeypatch):
             passed.set()
         return diffusion(denoiser, x, labels, progress)
 
-    monkeypatch.setattr(mcm.training, "write_safetensors", slowly)
-    monkeypatch.setattr(mcm.training, "save", save)
+    monkeypatch.setattr(mcm.lab.run, "write_safetensors", slowly)
+    monkeypatch.setattr(mcm.lab.run, "save", save)
     train(small(), loss, DATA, settings(iterations=12, save_every=4), slow, "m")
     assert written == [step for step, _ in models] == [4, 8, 12]
     assert all(torch.equal(a, b) for (_, a), b in zip(models, averages, strict=True))
@@ -226,18 +233,20 @@ def test_average_is_the_recursion(tmp_path):
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(tmp_path, capsys):
-    """Steps 2 and 6 of 12 change neither weights nor optimiser: what remains equals a run that never made them."""
+    """Steps 2 and 6 of 12 change neither weights nor optimiser: what remains equals a run that
+    never made them.
+    """
 
     def loss(denoiser, x, labels, progress):
         out = diffusion(denoiser, x, labels, progress)
         return out._replace(loss=out.loss * float("nan")) if round(progress * 12) in (1, 5) else out
 
     class Reference(mcm.lab.run.Learner):
-        def update(self, lr, step):
-            if step not in (1, 5):
-                return super().update(lr, step)
+        def update(self):
+            if self.step not in (1, 5):
+                return super().update()
             self.optimizer.zero_grad()
-            return torch.tensor(0.0)
+            self.norm = torch.tensor(0.0)
 
     (tmp_path / "skipped").mkdir()
     skipped = train(small(), loss, DATA, settings(ema=0.0), tmp_path / "skipped", "m")
@@ -314,7 +323,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, dama
     assert (
         damage == "missing"
         or "m.state.safetensors: not a readable checkpoint" in said
-        and "Going on from the checkpoint before it, step 8" in said
+        and "Continuing from the checkpoint before it, step 8" in said
     )
     previous = tmp_path / "m.state.previous.safetensors"
     assert previous.is_file()
@@ -327,7 +336,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, dama
 
 
 def test_a_full_disk_is_explained_and_nothing_saved_is_lost(tmp_path):
-    """For real: the process may write no file larger than 100 kB, which the averaged weights fit into and the state does not."""
+    """For real: the process may write no file larger than 100 kB, which the averaged weights fit
+    into and the state does not.
+    """
     (tmp_path / "whole").mkdir()
     reference = train(small(0.0), diffusion, DATA, settings(iterations=8), tmp_path / "whole", "m")
 
@@ -340,7 +351,7 @@ def test_a_full_disk_is_explained_and_nothing_saved_is_lost(tmp_path):
     try:
         with pytest.raises(
             mcm.InputError,
-            match=r"m(.state)?.safetensors could not be written .*make room, and go on with --resume",
+            match=r"m(.state)?.safetensors could not be written .*make room, and continue with --resume",
         ):
             train(small(0.0), at_step_six, DATA, settings(iterations=8), tmp_path, "m")
     finally:
@@ -390,13 +401,15 @@ def test_batches_are_shuffled_passes_over_the_data():
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_bf16_trains_every_weight(tmp_path, kind):
-    """Autocast's cache of cast weights must not carry the target call's missing gradient over to the student's call."""
+    """Autocast's cache of cast weights must not carry the target call's missing gradient over to
+    the student's call.
+    """
 
     def loss(denoiser, x, labels, progress):
         if kind == "teacher":
             return diffusion(denoiser, x, labels, progress)
         return mcm.consistency_loss(
-            denoiser, x, labels, recipe(2, teacher_steps=(4, 64)), progress=progress
+            denoiser, x, labels, multistep(2, teacher_steps=(4, 64)), progress=progress
         )
 
     averaged = train(small(), loss, DATA, settings(precision="bf16"), tmp_path, "m")
@@ -410,7 +423,9 @@ def test_bf16_trains_every_weight(tmp_path, kind):
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_save_and_resume(tmp_path, which):
-    """The signal comes in the middle of step 6, between two checkpoints; the step is finished and saved."""
+    """The signal comes in the middle of step 6, between two checkpoints; the step is finished and
+    saved.
+    """
     calls = []
 
     def loss(denoiser, x, labels, progress):
@@ -454,7 +469,7 @@ def test_a_state_of_other_shapes_or_steps_is_refused(tmp_path):
     """Shapes that would fit by repetition, and numbers that no run of ours would have written."""
     train(small(), diffusion, DATA, settings(), tmp_path, "m")
     path = tmp_path / "m.state.safetensors"
-    tensors, metadata = mcm.denoiser.read_safetensors(path)
+    tensors, metadata = mcm.lab.checkpoint.read_safetensors(path)
     for tampered, changes, message in (
         (tensors | {"model/raw.network.first.bias": torch.zeros(1)}, {}, "another shape"),
         (tensors | {"model/adam.x.step": torch.zeros(())}, {}, "another shape"),
@@ -463,7 +478,7 @@ def test_a_state_of_other_shapes_or_steps_is_refused(tmp_path):
         (tensors, {"step": 13}, "step 13 .* are not those"),
         (tensors, {"elapsed": None}, "seconds None"),
     ):
-        mcm.denoiser.write_safetensors(path, tampered, metadata | changes)
+        mcm.lab.checkpoint.write_safetensors(path, tampered, metadata | changes)
         with pytest.raises(mcm.InputError, match=message):
             train(small(), diffusion, DATA, settings(), tmp_path, "m", resume=True)
 
@@ -489,7 +504,9 @@ def test_the_parts_of_a_batch_may_change(tmp_path):
 
 
 def test_the_log_has_each_step_once(tmp_path):
-    """A kill between two checkpoints leaves lines that the resumed run writes again, and perhaps half a line."""
+    """A kill between two checkpoints leaves lines that the resumed run writes again, and perhaps
+    half a line.
+    """
     train(small(), diffusion, DATA, settings(), tmp_path, "m")
     whole = (tmp_path / "log.jsonl").read_text()
     (tmp_path / "other.jsonl").write_text(whole)

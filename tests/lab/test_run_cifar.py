@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mcm
-from mcm.lab import options as cli
+from mcm.lab import options
 from mcm.lab.data import load_data, to_float
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,9 @@ def run(*arguments):
 
 @pytest.fixture
 def refused(capsys):
-    """Exit code 2 and one paragraph that says what was wrong. In this process, to be quick; any other exception is a failure."""
+    """Exit code 2 and one paragraph that says what was wrong. In this process, to be quick; any
+    other exception is a failure.
+    """
 
     def check(*arguments, says):
         assert run_cifar.run([str(a) for a in arguments]) == 2
@@ -61,7 +63,9 @@ def quick(tmp_path_factory):
 
 
 def test_digits_students_beat_their_teacher_by_far(tmp_path):
-    """About a minute: a small teacher, 1- and 2-step students; each needs less than half the teacher's distance at equal steps."""
+    """About a minute: a small teacher, 1- and 2-step students; each needs less than half the
+    teacher's distance at equal steps.
+    """
     out = tmp_path / "digits"
     budget = "--channels 32 --teacher-iterations 900 --student-iterations 550 --samples 1000"
     run("--data", "digits", "--out", out, "--steps", 1, 2, *budget.split())
@@ -159,7 +163,8 @@ def test_results_json_has_the_promised_shape(quick):
     ],
 )
 def test_the_recorded_command_names_no_folders(command, kept):
-    assert cli.recorded("run_cifar.py", command) == "python run_cifar.py " + kept
+    where = options.provenance("run_cifar.py", command, torch.device("cpu"), [])
+    assert where["command"] == "python run_cifar.py " + kept
 
 
 def copied(quick, tmp_path):
@@ -171,7 +176,9 @@ def copied(quick, tmp_path):
 
 
 def test_fid_is_named_only_with_inception(tmp_path, monkeypatch, capsys):
-    """With a stand-in for the network, which has 100 MB of weights: its name, its default of 50,000 samples, its cache of the real features."""
+    """With a stand-in for the network, which has 100 MB of weights: its name, its default of 50,000
+    samples, its cache of the real features.
+    """
     calls = []
 
     class Inception(torch.nn.Module):
@@ -269,7 +276,9 @@ def test_kills_at_random_moments_change_nothing():
 
 
 def test_an_interrupted_run_ends_like_an_undisturbed_one(quick, tmp_path):
-    """Stopped for real in the middle of a student by Ctrl-C, which saves: the resumed weights are the same. (Kills: above.)"""
+    """Stopped for real in the middle of a student by Ctrl-C, which saves: the resumed weights are
+    the same. (Kills: above.)
+    """
     arguments = (
         QUICK.replace("--student-iterations 4", "--student-iterations 300")
         .replace("--save-every 3", "--save-every 40")
@@ -332,7 +341,9 @@ def test_a_given_teacher_and_guidance(quick, tmp_path):
 
 @pytest.mark.parametrize("init", ["teacher", "random"])
 def test_where_students_start(quick, tmp_path, init):
-    """With a learning rate of nearly nothing a student ends where it starts: at the teacher's weights, or where the teacher began."""
+    """With a learning rate of nearly nothing a student ends where it starts: at the teacher's
+    weights, or where the teacher began.
+    """
     teacher = mcm.load(quick / "teacher.safetensors").network
     torch.manual_seed(0)
     expected = (teacher if init == "teacher" else mcm.UNet(**teacher.arguments)).state_dict()
@@ -356,7 +367,9 @@ def test_where_students_start(quick, tmp_path, init):
 
 
 def test_fewer_pixels_and_another_schedule(tmp_path):
-    """Digits averaged down to 4x4, with the interpolated cosine schedule that the paper has for ImageNet 64."""
+    """Digits averaged down to 4x4, with the interpolated cosine schedule that the paper has for
+    ImageNet 64.
+    """
     run(
         *QUICK.split(),
         "--image-size",
@@ -388,23 +401,12 @@ def test_fewer_pixels_and_another_schedule(tmp_path):
     ],
 )
 def test_presets_have_the_size_they_say(data, preset, millions):
-    args = run_cifar.parse(["--data", data, "--preset", preset])
-    run_cifar.check(args)
+    config = run_cifar.parse(["--data", data, "--preset", preset])
     with torch.device("meta"):
-        network = mcm.UNet(
-            args.image_size,
-            3,
-            args.channels,
-            tuple(args.multipliers),
-            args.blocks,
-            tuple(args.attention),
-            10 if data == "cifar10" else 1000,
-            args.dropout,
-        )
-    assert (
-        sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
-        and f"{millions} M" in args.cost
-    )
+        network = run_cifar.unet(config, 3, 10 if data == "cifar10" else 1000)
+    counted = sum(p.numel() for p in network.parameters()) / 1e6
+    assert counted == pytest.approx(millions, abs=0.06)
+    assert f"{millions} M" in run_cifar.PRESETS[data][preset][0]
 
 
 def test_a_folder_of_images(tmp_path):
@@ -488,7 +490,7 @@ def test_bad_arguments(arguments, says, tmp_path, refused, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr("mcm.data.CIFAR10", no_network)
+    monkeypatch.setattr("mcm.lab.data.CIFAR10", no_network)
     refused(*arguments.split(), "--out", tmp_path / "run", says=says)
 
 
@@ -567,7 +569,7 @@ def test_out_that_cannot_be_used(quick, tmp_path, refused):
         *QUICK.split(),
         "--out",
         quick,
-        says="holds another run's results: go on with it by --resume",
+        says="holds another run's results: continue it with --resume",
     )
     refused(
         *QUICK.split(),
@@ -601,7 +603,7 @@ def test_out_of_memory_on_a_gpu_and_errors_of_our_own(capsys):
     def full(argv):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    assert cli.run("run_cifar.py", full, []) == 2
+    assert options.run("run_cifar.py", full, []) == 2
     error = capsys.readouterr().err
     assert "2.00 GiB" in error and "--accumulate" in error and "more\n" not in error
 
@@ -609,7 +611,7 @@ def test_out_of_memory_on_a_gpu_and_errors_of_our_own(capsys):
         raise RuntimeError("shapes")
 
     with pytest.raises(RuntimeError):
-        cli.run("run_cifar.py", wrong, [])
+        options.run("run_cifar.py", wrong, [])
 
 
 def test_a_diverging_run_says_so(tmp_path, refused):

@@ -4,7 +4,9 @@ from pipelines import ENGLISH, untrained_pipeline
 
 import mcm
 from mcm.latent.objectives import Adversarial, DistributionMatching, Preference, gradient
+from mcm.latent.recipes import Phase
 from mcm.latent.sdxl import SDXL
+from mcm.latent.states import draw_states
 from mcm.solvers import expand
 
 
@@ -13,19 +15,15 @@ def sdxl(tmp_path):
     return SDXL(untrained_pipeline(tmp_path), rank=4)
 
 
-def output_of(sdxl, student="student", z_from="data", n=4):
+def output_of(sdxl, states="data", n=4):
     """What the consistency loss hands to an objective."""
     cond = sdxl.encode(ENGLISH[:n])
-    stage = mcm.Stage(1, (8, 8), x_var=None, weight="x", distance="squared", z_from=z_from, run=2)
-    x = torch.randn(n, 4, 8, 8) if z_from == "data" else None
-    return mcm.consistency_loss(
-        sdxl.denoiser(student),
-        x,
-        cond,
-        stage,
-        teacher=sdxl.denoiser(),
-        noise=torch.randn(n, 4, 8, 8),
-    )
+    method = mcm.Method(1, (8, 8), x_var=None, weight="x", distance="squared")
+    phase = Phase(method, states=states, rollout_steps=2)
+    x = torch.randn(n, 4, 8, 8) if states == "data" else None
+    student, teacher = sdxl.denoiser("student"), sdxl.denoiser()
+    x, z_t, t = draw_states(phase, x, torch.randn(n, 4, 8, 8), cond, student, teacher)
+    return mcm.consistency_loss(student, x, cond, method, teacher=teacher, t=t, z_t=z_t)
 
 
 def reached(sdxl):
@@ -43,7 +41,7 @@ def reached(sdxl):
 
 
 def trained_student(sdxl):
-    for value in sdxl.add("student").values():
+    for value in sdxl.add_lora("student").values():
         torch.nn.init.normal_(value, std=0.1)
 
 
@@ -88,7 +86,9 @@ def test_the_critic_leaves_the_encoder_of_the_unet_alone(sdxl):
 
 
 def test_preference_is_a_hinge(sdxl):
-    """Nothing is asked of samples whose reward has reached s0; the reward of wrong prompts is pushed to 0 and not below."""
+    """Nothing is asked of samples whose reward has reached s0; the reward of wrong prompts is
+    pushed to 0 and not below.
+    """
     trained_student(sdxl)
     output = output_of(sdxl)
     for right, wrong, s0, expected in (
@@ -123,17 +123,20 @@ def test_a_reward_can_be_climbed(sdxl):
         ["x"],
     )
     losses = []
-    for step in range(15):
+    for _ in range(15):
         torch.manual_seed(0)
         loss = objective.loss(output_of(sdxl), ENGLISH)
         loss.backward()
-        learner.update(1e-2, step)
+        learner.lr = 1e-2
+        learner.update()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.01
 
 
 def test_distribution_matching_points_from_the_fake_score_to_the_real_one(sdxl):
-    """Its gradient on x_hat is the difference of the two denoised x_hat over the mean distance to the real one (DMD2, arXiv 2405.14867)."""
+    """Its gradient on x_hat is the difference of the two denoised x_hat over the mean distance to
+    the real one (DMD2, arXiv 2405.14867).
+    """
     trained_student(sdxl)
     matching = DistributionMatching(sdxl, w=2.0)
     for value in matching.learner.weights.values():
@@ -159,11 +162,12 @@ def test_the_fake_score_learns_the_students_samples(sdxl):
     matching, losses = DistributionMatching(sdxl, w=2.0), []
     output = output_of(sdxl)
     output = output._replace(x=torch.full_like(output.x, torch.nan))
-    for step in range(30):
+    for _ in range(30):
         torch.manual_seed(0)
         loss = matching.critic_loss(output)
         loss.backward()
-        matching.learner.update(3e-3, step)
+        matching.learner.lr = 3e-3
+        matching.learner.update()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
 
@@ -178,7 +182,8 @@ def test_the_discriminator_learns_to_tell_real_from_fake(sdxl, diffused):
         torch.manual_seed(step % 4)
         loss = adversary.critic_loss(output)
         loss.backward()
-        adversary.learner.update(1e-2, step)
+        adversary.learner.lr = 1e-2
+        adversary.learner.update()
         losses.append(loss.item())
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     with torch.no_grad():
@@ -202,6 +207,6 @@ def test_the_discriminator_learns_to_tell_real_from_fake(sdxl, diffused):
 
 def test_an_adversary_needs_something_real(sdxl):
     trained_student(sdxl)
-    output = output_of(sdxl, z_from="teacher")
+    output = output_of(sdxl, states="teacher")
     with pytest.raises(mcm.InputError, match="clean images to call real"):
         Adversarial(sdxl, diffused=False).critic_loss(output)

@@ -8,7 +8,7 @@ from torchvision.utils import save_image
 
 import run_latent
 from mcm.latent import shapes
-from mcm.recipes import RECIPES
+from mcm.latent.recipes import RECIPES
 
 QUICK = [
     "--preset",
@@ -120,22 +120,21 @@ def test_the_model_cards_code_works_when_pasted(done, name, tmp_path, monkeypatc
 
 
 def test_resuming_a_finished_run_repeats_nothing(done, monkeypatch):
-    before = (done / "out" / "results.json").read_text()
+    before = json.loads((done / "out" / "results.json").read_text())["rows"]
     for name in ("distil", "train_tiny_sdxl"):
         monkeypatch.setattr(run_latent, name, lambda *a, **k: pytest.fail("done again"))
-    sample = run_latent.sample  # only the ten pictures of each student's grid are drawn anew
-    monkeypatch.setattr(
-        run_latent,
-        "sample",
-        lambda *a: sample(*a) if len(a[3]) <= 10 else pytest.fail("done again"),
-    )
-    assert (
-        run_latent.run([*QUICK, "--recipe", "mlcm", "mcm", "--out", str(done / "out"), "--resume"])
-        == 0
-    )
-    assert [r["frechet"] for r in json.loads(before)["rows"]] == [
-        r["frechet"] for r in json.loads((done / "out" / "results.json").read_text())["rows"]
-    ]
+    sample = run_latent.Evaluator.sample
+
+    def only_ten(self, model, cond, n, label, **sampler):
+        """The images of each student's grid are drawn again, no others."""
+        assert n <= 10, "done again"
+        return sample(self, model, cond, n, label, **sampler)
+
+    monkeypatch.setattr(run_latent.Evaluator, "sample", only_ten)
+    out = ["--recipe", "mlcm", "mcm", "--out", str(done / "out"), "--resume"]
+    assert run_latent.run([*QUICK, *out]) == 0
+    after = json.loads((done / "out" / "results.json").read_text())["rows"]
+    assert [row["frechet"] for row in before] == [row["frechet"] for row in after]
 
 
 def test_another_runs_folder_is_not_overwritten(done, capsys):
@@ -231,7 +230,7 @@ def test_bad_input_is_refused_before_any_work(tmp_path, capsys):
     refused(["--batch", "12", *out], capsys, "multiple of 8", "--no-share-run")
     refused(["--guidance-range", "1", "3", *out], capsys, "--full")
     refused(["--samples", "20", *out], capsys, "too few")
-    refused(["--iterations", "0", *out], capsys, "--iterations and --evaluations must be positive")
+    refused(["--iterations", "0", *out], capsys, "--iterations must be positive, not 0")
     refused(["--device", "cuda:77", *out], capsys, "cuda:77", "cpu")
     refused(["--prompts", "x.txt", *out], capsys, "--pretrained")
     refused(["--pretrained", "some/model", *out], capsys, "--prompts FILE, or --data DIR")
@@ -267,7 +266,7 @@ def test_bad_files(tmp_path, capsys):
     (data / "metadata.jsonl").write_text('{"file_name": "a.png", "text": " "}\n')
     refused(folder, capsys, "a.png has no caption")
     (data / "metadata.jsonl").write_text('{"file_name": "missing.png", "text": "a cat"}\n')
-    refused(folder, capsys, "none of the pictures")
+    refused(folder, capsys, "none of the 1 images")
     (data / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a cat"}\n')
     refused(folder, capsys, "at least 1,280")
 

@@ -64,7 +64,9 @@ def test_full_noise_is_diffusers_lcm_scheduler_up_to_its_boundary_term():
 
 @pytest.mark.parametrize("eta", [0.0, 0.3])
 def test_eta_is_that_of_tcd(eta):
-    """One step against diffusers' TCDScheduler: DDIM to (1 - eta) of the next time, then noise. Its times are indices, ours index + 1."""
+    """One step against diffusers' TCDScheduler: DDIM to (1 - eta) of the next time, then noise. Its
+    times are indices, ours index + 1.
+    """
     ours, theirs = MCMScheduler(), TCDScheduler(1000, 0.00085, 0.012, "scaled_linear")
     theirs.set_timesteps(timesteps=[999, 749, 499, 249])
     ours.set_timesteps(timesteps=[999, 749, 499, 249])

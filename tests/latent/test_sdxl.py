@@ -16,6 +16,7 @@ from pipelines import CHINESE, ENGLISH, untrained_pipeline
 from safetensors.torch import load_file, save_file
 
 import mcm
+from mcm.latent.recipes import Phase, milestones
 from mcm.latent.scheduler import MCMScheduler
 from mcm.latent.sdxl import (
     LORA_FILE,
@@ -26,6 +27,7 @@ from mcm.latent.sdxl import (
     noise_schedule,
     unconditional,
 )
+from mcm.latent.states import draw_states
 
 SDXL_BASE = dict(
     sample_size=128,
@@ -80,7 +82,7 @@ def test_lora_parameter_counts_at_the_size_of_sdxl():
         )
     pipe.scheduler = diffusers.DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear")
     assert sum(p.numel() for p in pipe.unet.parameters()) == 2_567_463_684
-    weights = SDXL(pipe, rank=64).add("student")
+    weights = SDXL(pipe, rank=64).add_lora("student")
     assert sum(p.numel() for p in weights.values()) == 196_751_360
     assert len(weights) == 2 * 788
 
@@ -106,7 +108,9 @@ def test_the_denoiser_is_the_pipelines_own_unet(sdxl):
 
 
 def test_guided_sampling_is_the_stock_pipeline(sdxl):
-    """mcm.guided's w is diffusers' guidance_scale; the unconditional branch is zeros with the same time ids."""
+    """mcm.guided's w is diffusers' guidance_scale; the unconditional branch is zeros with the same
+    time ids.
+    """
     z = torch.randn(2, 4, 8, 8)
     theirs = sdxl.pipe(
         ENGLISH[:2], num_inference_steps=5, guidance_scale=3.0, latents=z, output_type="latent"
@@ -132,24 +136,26 @@ def test_guided_sampling_is_the_stock_pipeline(sdxl):
 def test_a_lora_that_is_off_leaves_the_teacher_exactly_as_it_was(sdxl):
     with torch.no_grad():
         before = ask(sdxl)
-        perturb(sdxl.add("student"))
+        perturb(sdxl.add_lora("student"))
         assert torch.equal(ask(sdxl), before)
         assert (ask(sdxl, "student") - before).abs().max() > 1e-3
-        sdxl.add("average", "student")
+        sdxl.add_lora("average", "student")
         assert torch.equal(ask(sdxl, "average"), ask(sdxl, "student"))
         sdxl.remove("average"), sdxl.remove("student")
         assert torch.equal(ask(sdxl), before)
 
 
 def gradients(sdxl, order):
-    """The student's gradients when the teacher is asked before or after it, before the backward pass."""
+    """The student's gradients when the teacher is asked before or after it, before the backward
+    pass.
+    """
     if order == "teacher first":
         with torch.no_grad():
             target = ask(sdxl)
         x_hat = ask(sdxl, "student")
     else:
         x_hat = ask(sdxl, "student")
-        with torch.no_grad(), active(sdxl.unet, None):
+        with torch.no_grad(), active(sdxl.unet, []):
             target = ask(sdxl)
     ((x_hat - 2 * target) ** 2).mean().backward()
     result = {k: v.grad.clone() for k, v in sdxl.weights("student").items()}
@@ -167,7 +173,7 @@ def test_checkpointing_gives_the_same_gradients_whatever_lora_is_on_in_the_backw
         )
         here.unet.train()
         torch.manual_seed(1)
-        perturb(here.add("student"))
+        perturb(here.add_lora("student"))
         assert here.unet.is_gradient_checkpointing == checkpointing
         found += [gradients(here, "teacher first"), gradients(here, "teacher last")]
     for other in found[1:]:
@@ -178,7 +184,7 @@ def test_checkpointing_gives_the_same_gradients_whatever_lora_is_on_in_the_backw
 
 
 def test_full_fine_tuning_tells_the_student_its_guidance(sdxl):
-    sdxl.add("student", full=True, guidance_input=True)
+    sdxl.add_copy("student", guidance_input=True)
     cond, z, t = (
         sdxl.encode(ENGLISH[:2]),
         torch.randn(2, 4, 8, 8),
@@ -235,7 +241,7 @@ def test_images_to_latents_and_back_use_the_vaes_scale(sdxl):
 @pytest.mark.parametrize("alpha", [None, 1.0])
 def test_a_saved_lora_gives_the_same_image_in_stock_diffusers(saved, tmp_path, alpha):
     ours = SDXL(load_pipeline(str(saved), torch.float32, torch.device("cpu")), rank=4, alpha=alpha)
-    perturb(ours.add("student"))
+    perturb(ours.add_lora("student"))
     ours.save(tmp_path, "student")
     z = torch.randn(2, 4, 8, 8)
     scheduler = MCMScheduler.like(ours.pipe.scheduler)
@@ -255,7 +261,7 @@ def test_a_saved_lora_gives_the_same_image_in_stock_diffusers(saved, tmp_path, a
         ours.denoiser("student"),
         z,
         cond=ours.encode(ENGLISH[:2]),
-        times=mcm.sampling.milestones(4),
+        times=milestones(4),
         solver=mcm.ddim,
     )
     assert (theirs - mine).abs().max() < 1e-5 * mine.abs().max().clamp_min(1)
@@ -276,7 +282,7 @@ def test_eta_1_in_the_stock_pipeline_is_our_re_noised_sampling(saved):
     pipe.scheduler = MCMScheduler.like(pipe.scheduler)
     z, noise = torch.randn(2, 2, 4, 8, 8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mcm.scheduler.randn_tensor", lambda *a, **k: noise)
+        patch.setattr("mcm.latent.scheduler.randn_tensor", lambda *a, **k: noise)
         theirs = pipe(
             ENGLISH[:2],
             num_inference_steps=3,
@@ -290,16 +296,18 @@ def test_eta_1_in_the_stock_pipeline_is_our_re_noised_sampling(saved):
             ours.denoiser(),
             z,
             cond=ours.encode(ENGLISH[:2]),
-            times=mcm.sampling.milestones(3),
+            times=milestones(3),
             solver=mcm.renoise,
         )
     assert (theirs - mine).abs().max() < 1e-4 * mine.abs().max().clamp_min(1)
 
 
 def test_a_full_copy_after_a_critic_is_a_clean_unet(sdxl, tmp_path):
-    """Removing a LoRA leaves peft's wrappers on the shared UNet; a copy must not carry them into its file."""
-    sdxl.add("critic"), sdxl.remove("critic"), sdxl.add("fake")
-    sdxl.add("student", full=True)
+    """Removing a LoRA leaves peft's wrappers on the shared UNet; a copy must not carry them into
+    its file.
+    """
+    sdxl.add_lora("critic"), sdxl.remove("critic"), sdxl.add_lora("fake")
+    sdxl.add_copy("student")
     sdxl.save(tmp_path, "student")
     again, missing = UNet2DConditionModel.from_pretrained(
         tmp_path / "unet", output_loading_info=True
@@ -312,7 +320,7 @@ def test_a_full_copy_after_a_critic_is_a_clean_unet(sdxl, tmp_path):
 
 
 def test_a_saved_lora_comes_back(sdxl, saved, tmp_path):
-    perturb(sdxl.add("student"))
+    perturb(sdxl.add_lora("student"))
     sdxl.save(tmp_path, "student")
     sdxl.load("average", tmp_path)
     for key, value in sdxl.weights("student").items():
@@ -323,7 +331,7 @@ def test_a_saved_lora_comes_back(sdxl, saved, tmp_path):
 
 
 def test_files_that_stock_diffusers_would_load_in_part_are_refused(sdxl, tmp_path):
-    perturb(sdxl.add("student"))
+    perturb(sdxl.add_lora("student"))
     sdxl.save(tmp_path, "student")
     raw = {
         f"base_model.model.{k}": v.contiguous()
@@ -346,7 +354,7 @@ def test_files_that_stock_diffusers_would_load_in_part_are_refused(sdxl, tmp_pat
 
 
 def test_every_kind_of_module_carries_a_lora(sdxl, tmp_path):
-    perturb(sdxl.add("student"))
+    perturb(sdxl.add_lora("student"))
     sdxl.save(tmp_path, "student")
     keys = load_file(tmp_path / LORA_FILE)
     for kind in MODULES:
@@ -359,7 +367,7 @@ def test_every_kind_of_module_carries_a_lora(sdxl, tmp_path):
 def student_of(pipe, folder):
     ours = SDXL(pipe, rank=4)
     torch.manual_seed(2)
-    perturb(ours.add("student"), 0.05)
+    perturb(ours.add_lora("student"), 0.05)
     ours.save(folder, "student")
     return ours
 
@@ -427,11 +435,12 @@ def test_a_pipeline_of_another_language_and_other_widths(tmp_path):
     )
     cond = ours.encode(CHINESE)
     assert cond.states.shape[-1] == 96 and not torch.allclose(cond.pooled[0], cond.pooled[1])
-    stage = mcm.Stage(8, (1000, 1000), skip=20, x_var=None, z_from="teacher")
+    method = mcm.Method(8, (1000, 1000), skip=20, x_var=None)
+    phase = Phase(method, states="teacher")
+    student = ours.denoiser("student")
     teacher = mcm.guided(ours.denoiser(), 2.0, unconditional)
-    loss = mcm.consistency_loss(
-        ours.denoiser("student"), None, cond, stage, teacher=teacher, noise=torch.randn(4, 4, 8, 8)
-    ).loss
+    x, z_t, t = draw_states(phase, None, torch.randn(4, 4, 8, 8), cond, student, teacher)
+    loss = mcm.consistency_loss(student, x, cond, method, teacher=teacher, t=t, z_t=z_t).loss
     loss.backward()
     assert loss.isfinite() and any(p.grad.abs().max() > 0 for p in ours.weights("student").values())
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "pipe")

@@ -59,7 +59,9 @@ def test_it_is_built_as_sdxl_is(trained):
 
 
 def test_latents_are_whitened(trained):
-    """By the convolutions at the autoencoder's waist, so that no scaling factor or mean has to be known."""
+    """By the convolutions at the autoencoder's waist, so that no scaling factor or mean has to be
+    known.
+    """
     folder, _, pictures = trained
     latents = SDXL(load_pipeline(str(folder), torch.float32, torch.device("cpu")), 8).to_latents(
         pictures

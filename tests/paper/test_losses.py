@@ -4,18 +4,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from affine import Affine
 from torch import nn
 
 import mcm
-from mcm import sampling
 from mcm.losses import stratified_times
-from mcm.recipes import RECIPES, Stage, cm, diffusion
-from mcm.recipes import mcm as recipe
+from mcm.method import Method, diffusion, multistep
 
 COSINE = mcm.CosineSchedule()
-DISCRETE = mcm.DiscreteSchedule(
-    torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1024, dtype=torch.float64) ** 2, 0)
-)
+DISCRETE = mcm.DiscreteSchedule.scaled_linear(1024)
 SCHEDULES = [
     COSINE,
     mcm.CosineSchedule(clip=15.0),
@@ -62,12 +59,15 @@ def linear_times(n, grid):
 @pytest.mark.parametrize("T", [1, 8, 64, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_infinity_step_limit_is_the_diffusion_loss(network, schedule, T, dtype):
-    """K = T without a teacher: the loss and its gradient are the diffusion v-loss's (arXiv 2403.06807, eq. 9)."""
+    """K = T without a teacher: the loss and its gradient are the diffusion v-loss's (arXiv
+    2403.06807, eq. 9).
+    """
     denoiser, (x, y, noise) = copy_with(network, schedule, dtype), batch(dtype=dtype)
     t = linear_times(16, T)
     ours = mcm.consistency_loss(denoiser, x, y, diffusion(T), t=t, noise=noise)
     reference = mcm.diffusion_loss(denoiser, x, y, t=t, noise=noise)
-    # x_target goes through float64 algebra and back; the denominators of inverse_ddim and 1 / sigma amplify by at most about T each
+    # x_target goes through float64 algebra and back; the denominators of inverse_ddim and 1 / sigma
+    # amplify by at most about T each
     eps = torch.finfo(dtype).eps
     algebra = 8 * torch.finfo(torch.float64).eps * T**2
     tolerance = dict(rtol=20 * eps + algebra, atol=20 * eps + algebra)
@@ -82,29 +82,31 @@ def test_without_a_teacher_the_step_uses_the_true_noise(network, x_var):
     """Consistency training has nothing to adjust, whatever x_var says."""
     denoiser, (x, y, noise) = copy_with(network), batch()
     out = mcm.consistency_loss(
-        denoiser, x, y, Stage(8, (8, 8), x_var=x_var), t=linear_times(16, 8), noise=noise
+        denoiser, x, y, Method(8, (8, 8), x_var=x_var), t=linear_times(16, 8), noise=noise
     )
     torch.testing.assert_close(out.x_target, x, rtol=0, atol=1e-13)
 
 
 def test_epsilon_prediction_on_a_discrete_schedule_trains(network):
-    """SDXL's kind of network, with times drawn by the loss itself: nothing is 0 / 0, at the lowest index or anywhere else."""
+    """SDXL's kind of network, with times drawn by the loss itself: nothing is 0 / 0, at the lowest
+    index or anywhere else.
+    """
     denoiser, (x, y, _) = mcm.Denoiser(network, DISCRETE, "epsilon"), batch(512, torch.float32)
     for out in (
         mcm.diffusion_loss(denoiser, x, y),
-        mcm.consistency_loss(denoiser, x, y, Stage(4, (512, 1024)), teacher=denoiser),
+        mcm.consistency_loss(denoiser, x, y, Method(4, (512, 1024)), teacher=denoiser),
     ):
         assert out.per_sample.isfinite().all() and out.x_target.isfinite().all()
     with pytest.raises(
         mcm.InputError, match="grid of 2048 points is finer than the schedule's 1024"
     ):
-        mcm.consistency_loss(denoiser, x, y, Stage(4, (2048, 2048)))
+        mcm.consistency_loss(denoiser, x, y, Method(4, (2048, 2048)))
 
 
 def test_off_by_one_breaks_the_limit(network):
     """The same with one grid point per segment too many is far away: the test above can fail."""
     denoiser, (x, y, noise) = copy_with(network), batch()
-    wrong = Stage(32, teacher_steps=(64, 64), x_var=None, distance="squared")
+    wrong = Method(32, teacher_steps=(64, 64), x_var=None, distance="squared")
     ours = mcm.consistency_loss(denoiser, x, y, wrong, t=linear_times(16, 64), noise=noise)
     assert (
         ours.loss / mcm.diffusion_loss(denoiser, x, y, t=linear_times(16, 64), noise=noise).loss - 1
@@ -112,7 +114,9 @@ def test_off_by_one_breaks_the_limit(network):
 
 
 def test_infinity_step_sampler_is_ddim(network):
-    """Algorithm 2 at K = T is T-step DDIM: eps_hat = (z - alpha x_hat) / sigma is kept, x_hat re-noised with it, written out here."""
+    """Algorithm 2 at K = T is T-step DDIM: eps_hat = (z - alpha x_hat) / sigma is kept, x_hat
+    re-noised with it, written out here.
+    """
     z, y = torch.randn(3, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2])
     student = mcm.Denoiser(network.double(), COSINE, student_steps=16)
     ours = mcm.sample(student, z, cond=y)
@@ -132,8 +136,10 @@ def test_infinity_step_sampler_is_ddim(network):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("distill", [False, True])
 def test_one_segment_is_a_consistency_model(network, schedule, distill):
-    """Against the loss of consistency models (arXiv 2303.01469, eqs. 7 and 10), written here from scratch: the same network at both ends
-    of one solver step, and the solver's own answer as the boundary condition at s = 0."""
+    """Against the loss of consistency models (arXiv 2303.01469, eqs. 7 and 10), written here from
+    scratch: the same network at both ends of one solver step, and the solver's own answer as the
+    boundary condition at s = 0.
+    """
     student, teacher = copy_with(network, schedule), None
     if distill:
         teacher = copy_with(network, schedule)
@@ -146,7 +152,7 @@ def test_one_segment_is_a_consistency_model(network, schedule, distill):
         student,
         x,
         y,
-        cm(teacher_steps=(N, N), c=0.03),
+        multistep(1, teacher_steps=(N, N), huber_c=0.03),
         teacher=teacher,
         t=i.double() / N,
         noise=noise,
@@ -162,7 +168,8 @@ def test_one_segment_is_a_consistency_model(network, schedule, distill):
         boundary = clean if s == 0 else student(z_s, s, y[b : b + 1])
         difference = (student(z_t, t, y[b : b + 1]) - boundary.detach()) / sigma_t
         per_sample.append(torch.sqrt(difference.square().mean() + 0.03**2) - 0.03)
-    # one float64 network of 20 layers, evaluated one by one here and as a batch there, over sigma_t >= 0.03
+    # one float64 network of 20 layers, evaluated one by one here and as a batch there, over sigma_t
+    # >= 0.03
     torch.testing.assert_close(out.per_sample, torch.stack(per_sample), rtol=1e-10, atol=1e-10)
     g, reference = gradient(out.loss, student), gradient(torch.stack(per_sample).mean(), student)
     assert (g - reference).norm() / reference.norm() < 1e-10
@@ -175,7 +182,9 @@ def test_one_segment_is_a_consistency_model(network, schedule, distill):
 @pytest.mark.parametrize("K, x_var", [(1, None), (4, None), (4, "mse"), (8, "prior"), (5, "mse")])
 @pytest.mark.parametrize("skip", [1, 3])
 def test_target_is_the_composition_of_ddims(network, schedule, K, x_var, skip):
-    """x_target = inverse_ddim_{t->q}(ddim_{s->q}(x_hat_s, z_s), z_t): eq. 7 as the paper prints it, without the closed form."""
+    """x_target = inverse_ddim_{t->q}(ddim_{s->q}(x_hat_s, z_s), z_t): eq. 7 as the paper prints it,
+    without the closed form.
+    """
     student = copy_with(network, schedule)
     teacher = copy_with(network, schedule)
     teacher.network.first.weight.data *= 1.3
@@ -183,8 +192,8 @@ def test_target_is_the_composition_of_ddims(network, schedule, K, x_var, skip):
     grid = K * per_segment
     i = torch.randint(1, grid + 1, (32,))
     i[:2] = torch.tensor([1, grid])
-    stage = Stage(K, teacher_steps=(grid, grid), x_var=x_var, skip=skip)
-    out = mcm.consistency_loss(student, x, y, stage, teacher=teacher, t=i / grid, noise=noise)
+    method = Method(K, teacher_steps=(grid, grid), x_var=x_var, skip=skip)
+    out = mcm.consistency_loss(student, x, y, method, teacher=teacher, t=i / grid, noise=noise)
 
     q = torch.div(i - 1, per_segment, rounding_mode="floor") * per_segment
     s = torch.maximum(i - skip, q)
@@ -197,7 +206,8 @@ def test_target_is_the_composition_of_ddims(network, schedule, K, x_var, skip):
         z_s = mcm.addim(x_teacher, out.z_t, t, s, schedule, None if x_var == "prior" else eta_mse)
     z_q = mcm.ddim(student(z_s, s, y), z_s, s, q, schedule)
     expected = mcm.inverse_ddim(z_q, out.z_t, t, q, schedule)
-    # rounding of z of order 1 over denominators of at least about 1 / grid = 1/48 ... and x_var's eps division near t = 0
+    # rounding of z of order 1 over denominators of at least about 1 / grid = 1/48 ... and x_var's
+    # eps division near t = 0
     torch.testing.assert_close(out.x_target, expected, rtol=0, atol=1e-10)
 
 
@@ -205,25 +215,25 @@ def test_target_is_the_composition_of_ddims(network, schedule, K, x_var, skip):
 def test_at_the_bottom_of_a_segment_the_student_has_no_say(network, K):
     """s = q: the target is the teacher's, whatever the student answers; one point higher it is not."""
     teacher, (x, y, noise), grid = copy_with(network), batch(), 4 * K
-    stage = Stage(K, teacher_steps=(grid, grid))
+    method = Method(K, teacher_steps=(grid, grid))
     garbage = lambda z, t, cond=None: torch.full_like(z, 1e3)  # noqa: E731
     for above, same in ((1, True), (2, False)):
         t = (torch.arange(16) % K * 4 + above).double() / grid
-        a = mcm.consistency_loss(teacher, x, y, stage, teacher=teacher, t=t, noise=noise).x_target
+        a = mcm.consistency_loss(teacher, x, y, method, teacher=teacher, t=t, noise=noise).x_target
         b = mcm.consistency_loss(
-            teacher, x, y, stage, teacher=teacher, target=garbage, t=t, noise=noise
+            teacher, x, y, method, teacher=teacher, target=garbage, t=t, noise=noise
         ).x_target
         assert torch.equal(a, b) if same else (a - b).abs().flatten(1).amax(1).min() > 1
 
 
 @pytest.mark.parametrize("K", [1, 3, 8])
 def test_tops_are_drawn_and_are_where_the_sampler_evaluates(network, K):
-    stage, seen = recipe(K, teacher_steps=(64, 64)), []
+    method, seen = multistep(K, teacher_steps=(64, 64)), []
     student = mcm.Denoiser(network, COSINE, student_steps=K)
     drawn = torch.cat(
-        [mcm.consistency_loss(student, *batch(256, torch.float32)[:2], stage).t for _ in range(6)]
+        [mcm.consistency_loss(student, *batch(256, torch.float32)[:2], method).t for _ in range(6)]
     )
-    points = stage.points_per_segment(1.0)
+    points = method.points_per_segment(1.0)
     index = torch.round(drawn * K * points).long()
     assert torch.equal(
         index.unique(), torch.arange(1, K * points + 1)
@@ -240,9 +250,9 @@ def test_gradient_flows_only_through_x_hat(network):
     x, y, noise = batch()
     x.requires_grad_()
     t = linear_times(16, 32)
-    stage = recipe(4, teacher_steps=(32, 32))
+    method = multistep(4, teacher_steps=(32, 32))
     out = mcm.consistency_loss(
-        student, x, y, stage, teacher=teacher, target=target, t=t, noise=noise
+        student, x, y, method, teacher=teacher, target=target, t=t, noise=noise
     )
     assert not out.x_target.requires_grad
     out.loss.backward()
@@ -250,20 +260,24 @@ def test_gradient_flows_only_through_x_hat(network):
     # the student's gradient is that of a regression on the target, held fixed
     x_target, z_t = out.x_target, out.z_t.detach()
     residual = (x_target - student(z_t, t, y)) / COSINE(t)[1].view(-1, 1, 1, 1)
-    loss = (torch.sqrt(residual.square().mean((1, 2, 3)) + stage.c**2) - stage.c).mean()
+    loss = (
+        torch.sqrt(residual.square().mean((1, 2, 3)) + method.huber_c**2) - method.huber_c
+    ).mean()
     reference = torch.autograd.grad(loss, list(student.parameters()))
     for p, g in zip(student.parameters(), reference):
         torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
 
 
 def test_weights_and_distances(network):
-    """v, clean and q residuals are one residual times 1 / sigma_t, 1 and alpha_q - alpha_t sigma_q / sigma_t; distances as defined."""
+    """v, clean and q residuals are one residual times 1 / sigma_t, 1 and alpha_q - alpha_t sigma_q
+    / sigma_t; distances as defined.
+    """
     denoiser, (x, y, noise), t = copy_with(network), batch(), linear_times(16, 24)
     teacher = lambda z, u, c=None: 0.5 * denoiser(z, u, c)  # noqa: E731
 
     def run(**changes):
-        stage = Stage(3, (24, 24), x_var=None, **changes)
-        return mcm.consistency_loss(denoiser, x, y, stage, teacher=teacher, t=t, noise=noise)
+        method = Method(3, (24, 24), x_var=None, **changes)
+        return mcm.consistency_loss(denoiser, x, y, method, teacher=teacher, t=t, noise=noise)
 
     out = run(weight="x", distance="squared")
     difference = (out.x_target - out.x_hat).flatten(1)
@@ -279,18 +293,18 @@ def test_weights_and_distances(network):
     v = difference / COSINE(t)[1][:, None]
     torch.testing.assert_close(run(distance="squared").per_sample, v.square().mean(1), **close)
     torch.testing.assert_close(
-        run(c=0.1).per_sample, torch.sqrt(v.square().mean(1) + 0.01) - 0.1, **close
+        run(huber_c=0.1).per_sample, torch.sqrt(v.square().mean(1) + 0.01) - 0.1, **close
     )
     elementwise = (torch.sqrt(v.square() + 0.01) - 0.1).mean(1)
     torch.testing.assert_close(
-        run(distance="huber_elementwise", c=0.1).per_sample, elementwise, **close
+        run(distance="huber_elementwise", huber_c=0.1).per_sample, elementwise, **close
     )
 
 
 def test_x_var_comes_from_the_unguided_teacher(network):
     denoiser, (x, y, noise), t = copy_with(network), batch(), linear_times(16, 8)
     strong = mcm.guided(denoiser, 5.0, torch.tensor(3))
-    out = mcm.consistency_loss(denoiser, x, y, Stage(8, (8, 8)), teacher=strong, t=t, noise=noise)
+    out = mcm.consistency_loss(denoiser, x, y, Method(8, (8, 8)), teacher=strong, t=t, noise=noise)
     x_var = 0.75 * (denoiser(out.z_t, t, y) - x).square().flatten(1).mean(1)
     z_s = mcm.addim(strong(out.z_t, t, y), out.z_t, t, t - 1 / 8, COSINE, x_var)
     x_step = mcm.inverse_ddim(z_s, out.z_t, t, t - 1 / 8, COSINE)
@@ -298,7 +312,9 @@ def test_x_var_comes_from_the_unguided_teacher(network):
 
 
 def test_both_calls_share_one_dropout_mask():
-    """The masks that a network draws in its two calls: equal within a step, different from step to step."""
+    """The masks that a network draws in its two calls: equal within a step, different from step to
+    step.
+    """
 
     class Drop(nn.Module):
         def __init__(self):
@@ -313,7 +329,7 @@ def test_both_calls_share_one_dropout_mask():
     network = Drop()
     student = mcm.Denoiser(network, COSINE, "x")
     for _ in range(3):
-        mcm.consistency_loss(student, torch.randn(4, 1, 8, 8), None, recipe(2))
+        mcm.consistency_loss(student, torch.randn(4, 1, 8, 8), None, multistep(2))
     first, second = network.masks[0::2], network.masks[1::2]
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert not torch.equal(first[0], first[1])  # and the next step draws another
@@ -332,8 +348,10 @@ def test_stratified_times_cover_every_noise_level_once():
 
 
 class GaussianConsistency(nn.Module):
-    """The exact consistency function of N(0, std^2): along its ODE z_t / sqrt(alpha^2 std^2 + sigma^2) is constant, so the segment start
-    is z_q = z_t sqrt(v_q / v_t), and x_hat is what makes DDIM t->q go there. `bend` perturbs it."""
+    """The exact consistency function of N(0, std^2): along its ODE z_t / sqrt(alpha^2 std^2 +
+    sigma^2) is constant, so the segment start is z_q = z_t sqrt(v_q / v_t), and x_hat is what makes
+    DDIM t->q go there. `bend` perturbs it.
+    """
 
     def __init__(self, std, K, bend=0.0):
         super().__init__()
@@ -361,14 +379,15 @@ def test_the_exact_consistency_function_is_a_zero_that_any_perturbation_raises(K
     x, noise = 0.5 * torch.randn(4000, 1).double(), torch.randn(4000, 1).double()
 
     def loss(T, bend=0.0):
-        stage = Stage(K, (T, T), x_var=None, distance="squared", weight="q")
+        method = Method(K, (T, T), x_var=None, distance="squared", weight="q")
         return mcm.consistency_loss(
-            GaussianConsistency(0.5, K, bend), x, None, stage, teacher=exact, t=t, noise=noise
+            GaussianConsistency(0.5, K, bend), x, None, method, teacher=exact, t=t, noise=noise
         ).loss.item()
 
     t = stratified_times(4000, torch.device("cpu"))
     losses = [loss(T) for T in (64, 128, 256, 512)]
-    # one DDIM step misses the ODE by O(1/T^2), and so does the point at q: the squared loss falls as T^-4
+    # one DDIM step misses the ODE by O(1/T^2), and so does the point at q: the squared loss falls
+    # as T^-4
     assert all(a / b > 8 for a, b in zip(losses, losses[1:])) and losses[-1] < 1e-9
     assert min(loss(512, 0.01), loss(512, -0.01)) > 100 * losses[-1]
 
@@ -378,7 +397,9 @@ def normal_quantiles(n):
 
 
 class Table(nn.Module):
-    """A student without a network: x_hat(z, i / T) on a fine grid of z, linear in between. Filled in from the loss's own targets."""
+    """A student without a network: x_hat(z, i / T) on a fine grid of z, linear in between. Filled
+    in from the loss's own targets.
+    """
 
     def __init__(self, T, K, z):
         super().__init__()
@@ -394,15 +415,17 @@ class Table(nn.Module):
 
 
 def solved_table(K, T, distill, **changes):
-    """The minimiser of the consistency loss over *all* functions. x_target at (z, t) depends on the student only at s < t, so one pass up
-    in t does it: each row is E[x_target | z_t = z]. With a teacher that is x_target itself (x enters through z_t alone). Without one it
-    is a mean over p(x | z_t), here a mixture of two normals: Gauss-Hermite quadrature, exact up to the smoothness of the student.
+    """The minimiser of the consistency loss over *all* functions. x_target at (z, t) depends on the
+    student only at s < t, so one pass up
+    in t does it: each row is E[x_target | z_t = z]. With a teacher that is x_target itself (x
+    enters through z_t alone). Without one it is a mean over p(x | z_t), here a mixture of two
+    normals: Gauss-Hermite quadrature, exact up to the smoothness of the student.
     """
     z = torch.linspace(-6, 6, 12_001 if distill else 1501, dtype=torch.float64)
     nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(24))
-    student, stage = (
+    student, method = (
         Table(T, K, z),
-        Stage(K, (T, T), **dict(x_var=None, distance="squared") | changes),
+        Method(K, (T, T), **dict(x_var=None, distance="squared") | changes),
     )
     for i in range(1, T + 1):
         t = torch.tensor([i / T]).double()
@@ -427,7 +450,7 @@ def solved_table(K, T, distill, **changes):
             student,
             flat(x),
             None,
-            stage,
+            method,
             teacher=MIXTURE if distill else None,
             t=t.expand(x.numel()),
             noise=flat(noise),
@@ -437,7 +460,9 @@ def solved_table(K, T, distill, **changes):
 
 
 def w2_to_the_mixture(student, K):
-    """W2 between the K-step samples and the data in one dimension: root mean square difference of sorted samples and quantiles."""
+    """W2 between the K-step samples and the data in one dimension: root mean square difference of
+    sorted samples and quantiles.
+    """
     x = mcm.sample(student, normal_quantiles(4000), K).flatten().sort().values
     grid = torch.linspace(-3, 3, 60_001, dtype=torch.float64)
     cdf = sum(0.25 * (1 + torch.erf((grid - m) / 0.2 / 2**0.5)) for m in (-1, 1))
@@ -447,7 +472,9 @@ def w2_to_the_mixture(student, K):
     return (x - quantiles).square().mean().sqrt().item()
 
 
-W2 = {  # (distilled, T): W2 of K = 1, 2, 4, 8, 16 and K = T (squared distance; exact teacher), from an independent calculation
+# (distilled, T): W2 of K = 1, 2, 4, 8, 16 and K = T (squared distance; exact teacher), from an
+# independent calculation
+W2 = {
     (True, 64): (0.0136, 0.0130, 0.0103, 0.0095, 0.0095, 0.0095),
     (False, 64): (0.158, 0.109, 0.049, 0.023, 0.013, 0.0095),
     (False, 256): (0.103, 0.070, 0.027, 0.0105, 0.0045, 0.0025),
@@ -457,9 +484,10 @@ W2 = {  # (distilled, T): W2 of K = 1, 2, 4, 8, 16 and K = T (squared distance; 
 
 @pytest.mark.parametrize("distill, T", W2)
 def test_w2_of_the_best_possible_student(distill, T):
-    """On 0.5 N(-1, 0.2^2) + 0.5 N(1, 0.2^2), CT is biased by the grid and loses its bias with K; CD is limited by the teacher's
-    discretisation alone. The figures have two digits. Those of CD at small K carry the resolution of the table they were computed on, at the
-    jump between the modes that few steps need; the finer one here may only come out lower.
+    """On 0.5 N(-1, 0.2^2) + 0.5 N(1, 0.2^2), CT is biased by the grid and loses its bias with K; CD
+    is limited by the teacher's discretisation alone. The figures have two digits. Those of CD at
+    small K carry the resolution of the table they were computed on, at the jump between the modes
+    that few steps need; the finer one here may only come out lower.
     """
     for K, expected in zip((1, 2, 4, 8, 16, T), W2[distill, T]):
         w2 = w2_to_the_mixture(solved_table(K, T, distill), K)
@@ -482,7 +510,9 @@ def test_the_infinity_step_student_is_the_posterior_mean():
 
 
 def test_a_linear_distance_learns_medians():
-    """Why the limit needs a squared distance: with |.| in one dimension the K = T minimiser is the conditional median."""
+    """Why the limit needs a squared distance: with |.| in one dimension the K = T minimiser is the
+    conditional median.
+    """
     x = torch.cat(
         [MIXTURE.sample(20_001), torch.full((6000, 1), -1.0).double()]
     )  # tilted: mean -0.23, median close to -0.9
@@ -495,7 +525,7 @@ def test_a_linear_distance_learns_medians():
         student = lambda u, v, c=None: torch.full_like(u, guess)  # noqa: E731
         student.schedule = COSINE
         return mcm.consistency_loss(
-            student, x, None, Stage(64, (64, 64), distance=distance), t=t, noise=z
+            student, x, None, Method(64, (64, 64), distance=distance), t=t, noise=z
         ).loss.item()
 
     guesses = [g / 50 for g in range(-60, 61)]
@@ -507,37 +537,22 @@ def test_a_linear_distance_learns_medians():
     )
 
 
-# --- what the latent recipes add: sub-steps, noise, states that need no data ---------------------------------------------------------
-
-
-class Affine(torch.nn.Module):
-    """A denoiser whose answer depends on everything it is given."""
-
-    def __init__(self, a, b):
-        super().__init__()
-        self.a, self.b, self.schedule = (
-            torch.nn.Parameter(torch.tensor(a, dtype=torch.float64)),
-            b,
-            mcm.CosineSchedule(),
-        )
-
-    def forward(self, z, t, cond=None):
-        return torch.where(
-            (t == 0)[:, None],
-            z,
-            torch.tanh(self.a * z + self.b * t[:, None] + (0 if cond is None else cond[:, None])),
-        )
+# --- sub-steps, noise, states that need no data ---------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "K, T, skip, h", [(8, 1000, 20, 1), (1, 8, 1, 3), (1, 1000, 24, 3), (2, 1000, 20, 3)]
 )
 def test_the_target_lands_where_the_answer_at_z_s_lands(K, T, skip, h):
-    """By its definition: DDIM t -> q of x_target is DDIM s -> q of x_hat(z_s, s), z_s from h steps of the teacher down to s."""
-    stage = mcm.Stage(K, (T, T), skip=skip, x_var=None, weight="q", distance="squared", sub_steps=h)
+    """By its definition: DDIM t -> q of x_target is DDIM s -> q of x_hat(z_s, s), z_s from h steps
+    of the teacher down to s.
+    """
+    method = mcm.Method(
+        K, (T, T), skip=skip, x_var=None, weight="q", distance="squared", sub_steps=h
+    )
     student, teacher, n = Affine(0.5, 0.3), Affine(0.8, -0.2), 64
     x, noise = torch.randn(2, n, 3, dtype=torch.float64)
-    output = mcm.consistency_loss(student, x, None, stage, teacher=teacher, noise=noise)
+    output = mcm.consistency_loss(student, x, None, method, teacher=teacher, noise=noise)
     i = torch.round(output.t * T).long()
     q = (i - 1) // (T // K) * (T // K)
     s = torch.maximum(i - skip, q)
@@ -557,7 +572,7 @@ def test_the_target_lands_where_the_answer_at_z_s_lands(K, T, skip, h):
 
 
 def test_a_noisy_second_order_teacher_step_is_what_er_sde_makes():
-    stage = mcm.Stage(
+    method = mcm.Method(
         1,
         (1000, 1000),
         skip=24,
@@ -565,14 +580,14 @@ def test_a_noisy_second_order_teacher_step_is_what_er_sde_makes():
         weight="x",
         distance="squared",
         sub_steps=3,
-        noise="er5",
-        order=2,
+        teacher_eta="er5",
+        solver_order=2,
     )
     student, teacher = Affine(0.5, 0.3), Affine(0.8, -0.2)
     x, noise = torch.randn(2, 16, 3, dtype=torch.float64)
     t = torch.linspace(0.05, 1, 16, dtype=torch.float64)
     torch.manual_seed(3)
-    output = mcm.consistency_loss(student, x, None, stage, teacher=teacher, noise=noise, t=t)
+    output = mcm.consistency_loss(student, x, None, method, teacher=teacher, noise=noise, t=t)
     torch.manual_seed(3)
     t = output.t
     s, z, before = (t - 0.024).clamp_min(0), output.z_t, (None, None)
@@ -586,85 +601,41 @@ def test_a_noisy_second_order_teacher_step_is_what_er_sde_makes():
     )  # one segment: the target is the answer at z_s
 
 
-def test_scott_is_finite_at_every_point_of_its_grid():
-    """Near t = 0 its sub-steps are shorter than an index of the schedule."""
-    schedule = mcm.DiscreteSchedule(
-        torch.cumprod(
-            1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0
-        )
-    )
-    student = Affine(0.5, 0.3)
-    student.schedule = schedule
-    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
-    x, noise = torch.randn(2, 1000, 3, dtype=torch.float64)
-    stage = RECIPES["scott"](4).phases[0].stage
-    output = mcm.consistency_loss(student, x, None, stage, teacher=student, noise=noise, t=t)
-    assert output.x_target.isfinite().all() and output.per_sample.isfinite().all()
+def test_noisy_images_may_be_given_in_place_of_images():
+    student, teacher = Affine(0.5, 0.3), Affine(0.8, -0.2)
+    method = Method(4, (32, 32), x_var=None)
+    x, noise = torch.randn(2, 16, 3, dtype=torch.float64)
+    t = linear_times(16, 32)
+    whole = mcm.consistency_loss(student, x, None, method, teacher=teacher, t=t, noise=noise)
+    given = mcm.consistency_loss(student, None, None, method, teacher=teacher, t=t, z_t=whole.z_t)
+    assert torch.equal(given.per_sample, whole.per_sample) and given.x is None
 
 
-@pytest.mark.parametrize("share_run", [False, True])
-def test_without_data_the_states_are_the_teachers(share_run):
-    stage = mcm.Stage(
-        8,
-        (1000, 1000),
-        skip=20,
-        x_var=None,
-        weight="q",
-        distance="squared",
-        z_from="teacher",
-        share_run=share_run,
-    )
-    student, teacher, noise, cond = (
-        Affine(0.5, 0.3),
-        Affine(0.8, -0.2),
-        torch.randn(32, 3, dtype=torch.float64),
-        torch.randn(32, dtype=torch.float64),
-    )
-    output = mcm.consistency_loss(student, None, cond, stage, teacher=teacher, noise=noise)
-    assert output.x is None
-    expected, _ = sampling.teacher_states(
-        stage, None, noise, output.t, output.cond, student, teacher
-    )
-    assert torch.equal(output.z_t, expected)
-    segments = torch.ceil(output.t * 8).long()
-    if share_run:  # each run of 8 samples falls through all 8 segments, under one condition
-        assert (segments.reshape(4, 8) == torch.arange(8, 0, -1)).all()
-        assert (output.cond.reshape(4, 8) == cond[::8, None]).all()
-    else:
-        assert torch.equal(output.cond, cond) and (torch.bincount(segments)[1:] == 4).all()
-    output.loss.backward()
-    assert student.a.grad != 0 and teacher.a.grad is None
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (dict(), "pass images x, or noisy images z_t"),
+        (dict(z_t=torch.zeros(4, 3)), "together with their times t"),
+        (dict(z_t=torch.zeros(4, 3), t=torch.ones(4)), "pass a teacher, and a method whose x_var"),
+    ],
+)
+def test_what_is_missing_is_named(given, says):
+    for teacher in (None, Affine(0.8, -0.2)):
+        with pytest.raises(mcm.InputError, match=says):
+            mcm.consistency_loss(Affine(0.5, 0.3), None, None, Method(4), teacher=teacher, **given)
 
 
-def test_states_from_the_students_own_sample():
-    stage = mcm.Stage(
-        1, (8, 8), x_var=None, weight="x", distance="squared", sub_steps=3, z_from="student", run=4
-    )
-    student, teacher, noise = (
-        Affine(0.5, 0.3),
-        Affine(0.8, -0.2),
-        torch.randn(32, 3, dtype=torch.float64),
-    )
-    torch.manual_seed(3)
-    output = mcm.consistency_loss(
-        student,
-        None,
-        None,
-        stage,
-        teacher=teacher,
-        noise=noise,
-        t=torch.full((32,), 0.5, dtype=torch.float64),
-    )
-    torch.manual_seed(3)
-    assert torch.equal(output.x, mcm.sample(student, noise, 4, solver=mcm.renoise))
-    assert not output.x.requires_grad and set((output.t * 8).tolist()) == {4.0}
-
-
-def test_data_free_stages_say_what_they_need():
-    stage = mcm.Stage(8, (1000, 1000), x_var=None, z_from="teacher", share_run=True)
-    with pytest.raises(mcm.InputError, match="pass the noise"):
-        mcm.consistency_loss(Affine(0.5, 0.3), None, None, stage, teacher=Affine(0.8, -0.2))
-    with pytest.raises(mcm.InputError, match="multiple of 8"):
-        mcm.consistency_loss(
-            Affine(0.5, 0.3), None, None, stage, teacher=Affine(0.8, -0.2), noise=torch.randn(12, 3)
-        )
+def test_drawn_and_injected_times_fall_on_the_grid_alike():
+    """Uniform times are moved up to the next grid point: every point has the same share."""
+    x = torch.randn(6400, 3).double()
+    method = Method(4, (32, 32), x_var=None)
+    drawn = mcm.consistency_loss(Affine(0.5, 0.3), x, None, method).t
+    uniform = stratified_times(6400, torch.device("cpu"))
+    moved = mcm.consistency_loss(Affine(0.5, 0.3), x, None, method, t=uniform).t
+    for t in (drawn, moved):
+        assert (torch.bincount(torch.round(t * 32).long())[1:] == 200).all()
+    for dtype in (torch.float32, torch.float64):  # a grid point stays where it is
+        points = torch.arange(1, 1281).to(dtype) / 1280
+        fine = Method(1, (1280, 1280), x_var=None)
+        kept = mcm.consistency_loss(Affine(0.5, 0.3), x[:1280], None, fine, t=points).t
+        assert torch.equal(torch.round(kept * 1280).long(), torch.arange(1, 1281))

@@ -45,7 +45,9 @@ def test_a_step_to_zero_returns_x_hat(step):
 
 
 def test_ddim_keeps_the_noise_it_sees():
-    """ddim of the true x moves z_t = alpha_t x + sigma_t eps to alpha_s x + sigma_s eps, with the same eps."""
+    """ddim of the true x moves z_t = alpha_t x + sigma_t eps to alpha_s x + sigma_s eps, with the
+    same eps.
+    """
     x, eps, t, s = drawn((6, 2, 3, 3))
     (alpha_t, sigma_t), (alpha_s, sigma_s) = ([column(a, x) for a in COSINE(u)] for u in (t, s))
     moved = mcm.ddim(x, alpha_t * x + sigma_t * eps, t, s, COSINE)
@@ -60,7 +62,9 @@ def test_addim_without_variance_is_ddim():
 
 
 def test_addim_is_equation_14_sample_by_sample():
-    """Written out as printed, one sample at a time: alpha_s (not alpha_t) in front of x_hat, the norm of each sample on its own."""
+    """Written out as printed, one sample at a time: alpha_s (not alpha_t) in front of x_hat, the
+    norm of each sample on its own.
+    """
     x, z, t, s = drawn((5, 3, 8, 8))
     z[0] *= 10  # a norm over the whole batch would be seen
     x_var = torch.rand(5, dtype=torch.float64)
@@ -77,7 +81,9 @@ def test_addim_is_equation_14_sample_by_sample():
 
 
 def test_addim_restores_the_expected_norm():
-    """If x ~ N(x_hat, x_var) given z_t, the true z_s has mean square |ddim|^2 + z_var; aDDIM has it when x_hat and eps_hat are orthogonal."""
+    """If x ~ N(x_hat, x_var) given z_t, the true z_s has mean square |ddim|^2 + z_var; aDDIM has it
+    when x_hat and eps_hat are orthogonal.
+    """
     t, s, x_var = (
         torch.tensor([0.8]).double(),
         torch.tensor([0.5]).double(),
@@ -110,7 +116,9 @@ def test_addim_default_variance_is_the_prior_of_the_paper():
 
 
 def test_addim_approaches_ddim_quadratically():
-    """sqrt(sigma_s^2 + O((t-s)^2)) - sigma_s = O((t-s)^2) while sigma_s > 0: halving the step quarters the difference."""
+    """sqrt(sigma_s^2 + O((t-s)^2)) - sigma_s = O((t-s)^2) while sigma_s > 0: halving the step
+    quarters the difference.
+    """
     x, z = torch.randn(2, 3, 2, 8, 8, dtype=torch.float64)
     s, x_var = torch.tensor([0.2, 0.5, 0.8]).double(), torch.full((3,), 0.4).double()
     gaps = []
@@ -137,7 +145,8 @@ def test_ddim_equals_diffusers():
             alpha, sigma = schedule(t)
             x_hat = (z - column(sigma, z) * eps) / column(alpha, z)
             expected = reference.step(eps, index, z).prev_sample
-            # x_hat is up to 1 / alpha_1 = 160 times z in this schedule; a few float32 roundings of that
+            # x_hat is up to 1 / alpha_1 = 160 times z in this schedule; a few float32 roundings of
+            # that
             torch.testing.assert_close(
                 mcm.ddim(x_hat, z, t, s, schedule), expected, rtol=2e-6, atol=2e-5
             )
@@ -202,7 +211,9 @@ def test_er_sde_with_phi_squared_is_ancestral_sampling(schedule):
 
 
 def test_er_sde_5_has_the_published_form():
-    """Mean and variance of the first-order step, written with phi = lambda (exp(lambda^0.3) + 10) itself."""
+    """Mean and variance of the first-order step, written with phi = lambda (exp(lambda^0.3) + 10)
+    itself.
+    """
     t, s = torch.tensor([0.9, 0.5, 0.1]).double(), torch.tensor([0.8, 0.2, 0.05]).double()
     x, z = torch.randn(2, 3, 4000, dtype=torch.float64)
     (a_t, s_t), (a_s, s_s) = SDXL(t), SDXL(s)
@@ -218,8 +229,9 @@ def test_er_sde_5_has_the_published_form():
 
 @pytest.mark.parametrize("noise_scale", ["ode", "sde", "er5"])
 def test_second_order_integrates_a_prediction_that_is_linear_in_lambda(noise_scale):
-    """If x_hat is linear in lambda along the path, the second-order step is exact: one step equals the mean of many, whose first order
-    is exact in the limit."""
+    """If x_hat is linear in lambda along the path, the second-order step is exact: one step equals
+    the mean of many, whose first order is exact in the limit.
+    """
     t, s, before = (torch.full((1,), v, dtype=torch.float64) for v in (0.6, 0.4, 0.7))
     z, slope, base = torch.randn(3, 1, 5, dtype=torch.float64)
 

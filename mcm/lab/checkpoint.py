@@ -1,0 +1,196 @@
+"""What is saved: tensors and JSON, nothing that could execute, and never half a file."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..denoiser import Denoiser
+from ..errors import InputError
+from ..schedule import CosineSchedule, DiscreteSchedule
+from ..unet import UNet
+
+FORMAT = "mcm-1"
+SCHEDULES = {"cosine": CosineSchedule, "discrete": DiscreteSchedule}
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file is written before it takes its name."""
+    return path.with_name(path.name + ".partial")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file, all or nothing."""
+    partial_of(path).write_text(text, encoding="utf-8")
+    os.replace(partial_of(path), path)
+
+
+def write_safetensors(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict, previous: Path | None = None
+) -> None:
+    """Write tensors and JSON-able metadata, all or nothing; what was there is kept as `previous`.
+
+    Raises InputError if they cannot be written, for want of room or of rights.
+    """
+    path = Path(path)
+    partial = partial_of(path)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    try:
+        save_file(tensors, partial, {"format": FORMAT, "mcm": json.dumps(metadata)})
+        if previous and path.is_file():
+            os.replace(path, previous)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(
+            f"{path} could not be written ({error}). What was saved before is intact: make room, "
+            "and continue with --resume."
+        ) from None
+
+
+def read_header(path: str | Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
+    """-> metadata, shapes of the tensors by name, of a file of ours.
+
+    Raises InputError for a file that is missing, damaged, a pickle or not ours.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise InputError(
+                    f"{path}: a safetensors file, but not a checkpoint written by mcm.save"
+                )
+            metadata = json.loads(header["mcm"])
+            if not isinstance(metadata, dict):
+                raise ValueError(f"its header is {type(metadata).__name__}")
+            return metadata, {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
+    except InputError:
+        raise
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: not a readable checkpoint ({error}). It is truncated, or another format; "
+            "pickles (.pt, .ckpt) are never loaded, since they can run code. Use a .safetensors "
+            "file written by mcm.save."
+        ) from None
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """-> tensors, metadata of a file of ours. Raises InputError as `read_header` does."""
+    metadata, _ = read_header(path)
+    return load_file(path), metadata
+
+
+def save(path: str | Path, denoiser: Denoiser, **metadata) -> None:
+    """Save a Denoiser around a UNet; `load` needs nothing else.
+
+    Weights as safetensors; network arguments, schedule, prediction, student_steps and any further
+    JSON-able `metadata` in the header.
+    """
+    schedule = denoiser.schedule
+    if isinstance(schedule, CosineSchedule):
+        arguments = {"kind": "cosine", **vars(schedule)}
+    else:
+        arguments = {"kind": "discrete", "alphas_cumprod": schedule.alphas_cumprod.tolist()}
+    metadata |= {
+        "network": denoiser.network.arguments,
+        "schedule": arguments,
+        "prediction": denoiser.prediction,
+        "student_steps": denoiser.student_steps,
+    }
+    write_safetensors(path, denoiser.network.state_dict(), metadata)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
+    """-> the Denoiser that `save` wrote, in eval mode, with the header in `denoiser.metadata`.
+
+    Raises InputError if the file is missing, truncated, a pickle, not ours, or does not fit the
+    network that its header describes, which is looked at before memory is taken.
+    """
+    metadata, shapes = read_header(path)
+    if "network" not in metadata:
+        raise InputError(
+            f"{path}: a file of ours, but not a model: training state and feature classifiers "
+            "cannot be sampled"
+        )
+    try:
+        check_size(metadata, shapes)
+        arguments = dict(metadata["schedule"])
+        schedule = SCHEDULES[arguments.pop("kind")](**arguments)
+        schedule(torch.tensor([0.0]))  # it can be computed
+        network = UNet(**metadata["network"])
+        network.load_state_dict(load_file(path))
+        denoiser = Denoiser(network, schedule, metadata["prediction"], metadata["student_steps"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path}: its weights do not fit the network that its header describes ({reason})"
+        ) from None
+    denoiser.metadata = metadata
+    return denoiser.to(device).eval().requires_grad_(False)
+
+
+def check_size(metadata: dict, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Compare the tensors of a file with those of the network that its header describes.
+
+    The network is made without memory. Raises ValueError, or what a missing entry raises.
+    """
+    network = metadata["network"]
+    steps = metadata["student_steps"]
+    if len(network["multipliers"]) * network["blocks"] > len(shapes):
+        raise ValueError(
+            f"{network['blocks']} blocks in each of {len(network['multipliers'])} levels"
+        )
+    if not 0 < network["image_size"] <= 4096 or steps is not None and not 0 < steps <= 100_000:
+        raise ValueError(f"image size {network['image_size']}, student steps {steps}")
+    with torch.device("meta"):
+        described = {k: tuple(v.shape) for k, v in UNet(**network).state_dict().items()}
+    for name in sorted(described.keys() | shapes.keys()):
+        if described.get(name) != shapes.get(name):
+            raise ValueError(f"{name} would be {described.get(name)}, but is {shapes.get(name)}")
+
+
+def digest(path: Path) -> str:
+    """12 hex digits that tell one file from another."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            total.update(part)
+    return total.hexdigest()[:12]
+
+
+def open_out(out: Path, config: dict, resume: bool) -> None:
+    """Make the folder of a run, or refuse it; run.json marks it as ours and says what it is for.
+
+    config: what must stay as it was when the run is resumed, as JSON would give it back.
+    Raises InputError if the folder cannot be written to, or holds another run.
+    """
+    marker = out / "run.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise InputError(
+            f"--out {out} cannot be written to ({error.strerror}): choose another folder"
+        ) from None
+    if (marker.exists() or (out / "results.json").exists()) and not resume:
+        raise InputError(
+            f"{out} holds another run's results: continue it with --resume, or choose another --out"
+        )
+    if marker.exists():
+        before = json.loads(marker.read_text(encoding="utf-8"))
+        differ = [k for k in config if before.get(k) != config[k]]
+        if differ:
+            old, new = (", ".join(f"{k} {a.get(k)}" for k in differ) for a in (before, config))
+            raise InputError(
+                f"{out} holds a run with {old}, but now it is {new}: give the old values, or "
+                "choose another --out"
+            )
+    write(marker, json.dumps(config))
