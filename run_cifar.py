@@ -146,7 +146,8 @@ def main(argv: list[str]) -> None:
     if config.sample:
         return draw_grid(config, device)
     introduce(config)
-    data = distributed.main_first(lambda: load(config)).to(device)
+    source = (config.data, config.data_dir, config.image_size)
+    data = distributed.main_first(lambda: load_data(*source)).to(device)
     given = load_teacher(config.teacher, config, data) if config.teacher else None
     if distributed.is_main():
         checkpoint.open_out(config.out, must_match(config), config.resume)
@@ -208,15 +209,9 @@ def train_student(config: Config, K: int, teacher: mcm.Denoiser, data: ImageData
     run = DenoiserRun(name, student, settings, config.out, config.resume, **about)
     for step in run:
         for x, labels, t, noise in run.parts(data):
+            drawn = {"t": t, "noise": noise, "progress": run.progress}
             loss = mcm.consistency_loss(
-                run.model,
-                x,
-                labels,
-                method,
-                teacher=guided_teacher,
-                progress=run.progress,
-                t=t,
-                noise=noise,
+                run.model, x, labels, method, teacher=guided_teacher, **drawn
             )
             run.backward(loss)
         run.update()
@@ -226,10 +221,6 @@ def train_student(config: Config, K: int, teacher: mcm.Denoiser, data: ImageData
 
 
 # --- the parts of a run ---------------------------------------------------------------------------
-
-
-def load(config: Config) -> ImageData:
-    return load_data(config.data, config.data_dir, config.image_size)
 
 
 def unet(config: Config, in_channels: int, classes: int) -> mcm.UNet:
@@ -371,7 +362,7 @@ def print_expected_end(config: Config, run: DenoiserRun) -> None:
     """
     passes = {"cd": 5, "ct": 4}[config.method]
     students = sum(student_iterations(config, K) for K in config.steps)
-    sampled = sum(steps for _, steps, _ in plan(config))
+    sampled = sum(steps for _, _, steps in plan(config))
     whole = (3 * config.teacher_iterations + passes * students) * config.batch
     whole += sampled * config.samples
     seconds = run.elapsed() * whole / (3 * 100 * config.batch)
@@ -417,11 +408,11 @@ def is_fid(config: Config) -> bool:
     return is_inception(config) and config.samples >= FID_SAMPLES and own_size
 
 
-def plan(config: Config) -> list[tuple[str, int, str]]:
-    """The rows of the table: model, sampling steps, solver."""
-    rows = [("teacher", steps, "ddim") for steps in (64, 32, 16, 8, 4, 2, 1)]
-    rows += [("teacher", steps, "addim") for steps in (16, 8, 4, 2)]
-    return rows + [(f"{config.method}-{K}", K, "ddim") for K in config.steps]
+def plan(config: Config) -> list[tuple[str, str, int]]:
+    """The rows of the table: model, solver, sampling steps."""
+    rows = [("teacher", "ddim", steps) for steps in (64, 32, 16, 8, 4, 2, 1)]
+    rows += [("teacher", "addim", steps) for steps in (16, 8, 4, 2)]
+    return rows + [(f"{config.method}-{K}", "ddim", K) for K in config.steps]
 
 
 def evaluate(
@@ -436,64 +427,51 @@ def evaluate(
     -> the rows, in the first process.
     """
     n = config.samples
-    device = data.images.device
     z = normal(n, data.image_shape, config.seed + 1_000_000)
     # each class equally often, as class-conditional benchmarks do
     labels = torch.arange(n) % data.classes
-    teacher_file = config.teacher or config.out / "teacher.safetensors"
-    features = features_file(config, data)
-    about = {
-        "samples": n,
-        "seed": config.seed,
-        "guidance": config.guidance,
-        "teacher": checkpoint.digest(teacher_file),
-        "features": "inception" if is_inception(config) else checkpoint.digest(features),
-    }
-    rows = evaluation.Rows(config.out, about, config.resume)
+    guided_teacher = guide(teacher, config, data)
+    rows = evaluation.Rows(config.out, measured_with(config, data), config.resume)
     reference = None
-    for name, steps, sampler in plan(config):
+    for name, sampler, steps in plan(config):
         key = f"{name} {sampler} {steps}"
         if rows.holds(key):
             continue
-        began = time.perf_counter()
         is_teacher = name == "teacher"
-        guided_teacher = guide(teacher, config, data)
-        if reference is None:
-            label = "teacher, 64 steps"
-            reference = generate(
-                guided_teacher, z, labels, config, steps=64, device=device, label=label
-            )
-        if key == "teacher ddim 64":
-            images = reference
-        else:
-            began = time.perf_counter()
-            images = generate(
-                guided_teacher if is_teacher else students[steps],
-                z,
-                labels,
-                config,
-                steps=steps,
-                solver=getattr(mcm, sampler),
-                device=device,
-                label=f"{name}, {steps} steps",
-            )
-        seconds = (time.perf_counter() - began) / n
+        model = guided_teacher if is_teacher else students[steps]
+        options = {"device": data.images.device, "solver": getattr(mcm, sampler), "steps": steps}
+        if reference is None and key != "teacher ddim 64":
+            options_64 = options | {"solver": mcm.ddim, "steps": 64}
+            reference = generate(guided_teacher, z, labels, config, label="teacher", **options_64)
+        began = time.perf_counter()
+        images = generate(model, z, labels, config, label=f"{name}, {steps} steps", **options)
+        seconds = time.perf_counter() - began
+        reference = images if reference is None else reference
         figures = evaluator.figures(images, labels, data.classes)
-        if not distributed.is_main():
-            continue
-        row = {
-            "model": "teacher" if is_teacher else "student",
-            **({} if is_teacher else {"recipe": f"mcm-{config.method}"}),
-            "sampler": sampler,
-            "steps": steps,
-            "nfe": steps * (2 if is_teacher and config.guidance != 1 else 1),
-            **figures,
-            "rmse_to_teacher": (images - reference).square().mean().sqrt().item(),
-            "seconds_per_image": seconds,
-        }
+        row = {"model": "teacher"} if is_teacher else {"model": "student"}
+        if not is_teacher:
+            row["recipe"] = f"mcm-{config.method}"
+        row |= {"sampler": sampler, "steps": steps}
+        row["nfe"] = steps * (2 if is_teacher and config.guidance != 1 else 1)
+        row |= figures
+        row["rmse_to_teacher"] = (images - reference).square().mean().sqrt().item()
+        row["seconds_per_image"] = seconds / n
         weights = None if is_teacher else config.out / f"{name}.safetensors"
-        rows.add(key, weights, row, time.perf_counter() - began)
+        if distributed.is_main():
+            rows.add(key, weights, row, time.perf_counter() - began)
     return rows if distributed.is_main() else None
+
+
+def measured_with(config: Config, data: ImageData) -> dict:
+    """What all rows depend on."""
+    features = features_file(config, data)
+    return {
+        "samples": config.samples,
+        "seed": config.seed,
+        "guidance": config.guidance,
+        "teacher": checkpoint.digest(config.teacher or config.out / "teacher.safetensors"),
+        "features": "inception" if is_inception(config) else checkpoint.digest(features),
+    }
 
 
 def draw_samples(

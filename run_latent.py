@@ -209,7 +209,7 @@ def adapted(recipe: Recipe, config: Config, has_reward: bool) -> Recipe:
 
 
 def train_student(config: Config, job: Distillation, student: Student, source: Path) -> float:
-    """Train a student, or load a finished one; save it for stock diffusers. -> seconds of training."""
+    """Train and save a student, or load a finished one. -> the seconds that training took."""
     out = config.out / student.name
     finished = out / "finished.json"
     if config.resume and finished.is_file() and student.weights(config).is_file():
@@ -461,7 +461,7 @@ class Evaluator:
         return mcm.guided(self.sdxl.denoiser(), self.config.guidance, unconditional)
 
     def teacher_images(self) -> Tensor:
-        """Its 25 steps; the latents are kept in teacher.safetensors, which on SDXL saves minutes."""
+        """Its 25 steps. The latents are kept in teacher.safetensors: on SDXL that saves minutes."""
         if self.reference is None:
             file = self.config.out / "teacher.safetensors"
             tensors, kept = {}, {}
@@ -671,7 +671,8 @@ eta = 1 noises the prediction afresh at every step, which is how a recipe with o
 step counts was trained; eta = 0 walks on along DDIM, as a recipe with one model per K does.
 Steps: {", ".join(map(str, steps))}. No guidance is needed: the teacher's
 (w = {config.guidance_range or config.guidance}) was distilled into the weights.
-Rank {config.rank}, alpha {config.rank}; seed {config.seed}; {iterations} iterations of {config.batch}.
+Rank {config.rank}, alpha {config.rank}; seed {config.seed}; {iterations} iterations of
+{config.batch}.
 """
 
 
@@ -756,7 +757,8 @@ def report(
     }
     evaluation.report(config.out, results, table(results), draw_quality=data.real is not None)
     print(
-        f"{config.out}: results.json, results.md, pictures, and a folder with a model card for each "
+        f"{config.out}: results.json, results.md, pictures, and a folder with a model card for "
+        f"each "
         "student"
     )
 

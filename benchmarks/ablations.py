@@ -55,7 +55,8 @@ TLCM_PHASES = tuple(
 )
 GROUPS: dict[str, tuple[str, dict[str, Recipe]]] = {
     "progressive": (
-        "TLCM (arXiv 2406.05768v6), table 2, FID in 4 steps: one segment 32.9, eight segments 27.0. MLCM (v1): ever fewer segments.",
+        "TLCM (arXiv 2406.05768v6), table 2, FID in 4 steps: one segment 32.9, eight segments "
+        "27.0. MLCM (v1): ever fewer segments.",
         {
             "8-4-2-1": segments(8, 4, 2, 1),
             "8-4-2": segments(8, 4, 2),
@@ -65,15 +66,18 @@ GROUPS: dict[str, tuple[str, dict[str, Recipe]]] = {
         },
     ),
     "states": (
-        "TLCM (v6): states from the teacher's own denoising do without images (table 2 has them against single-step ones, not images).",
+        "TLCM (v6): states from the teacher's own denoising do without images (table 2 has them "
+        "against single-step ones, not images).",
         {"8-4-2-1": segments(8, 4, 2, 1), "data-states": segments(8, 4, 2, 1, states="data")},
     ),
     "tlcm": (
-        "TLCM (v6), table 2, CLIP score in 4 steps: first stage 32.31, then all at once 33.06, preference 33.16, matching and adversary 33.52.",
+        "TLCM (v6), table 2, CLIP score in 4 steps: first stage 32.31, then all at once 33.06, "
+        "preference 33.16, matching and adversary 33.52.",
         {f"tlcm-{n}": variant(tlcm, TLCM_PHASES[:n]) for n in (1, 2, 3, 4)},
     ),
     "scott": (
-        "SCott (arXiv 2403.01505), FID in 2 steps: eta 0 27.4, 0.2 25.2, 0.6 29.7, ER-SDE 5 24.9; no adversary 25.0, with it 21.9.",
+        "SCott (arXiv 2403.01505), FID in 2 steps: eta 0 27.4, 0.2 25.2, 0.6 29.7, ER-SDE 5 24.9; "
+        "no adversary 25.0, with it 21.9.",
         {
             name: scott(noise, False)
             for name, noise in {

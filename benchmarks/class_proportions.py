@@ -38,7 +38,8 @@ def distance(model: mcm.Denoiser, steps: int, solver=mcm.ddim) -> float:
 teacher = mcm.load(out / "teacher.safetensors")
 base = distance(teacher, 64)
 print(
-    f"| model | steps | Fréchet | over the teacher's 64 steps |\n|---|---|---|---|\n| teacher | 64 | {base:.3f} | 1 |"
+    f"| model | steps | Fréchet | over the teacher's 64 steps |\n|---|---|---|---|\n| teacher | "
+    f"64 | {base:.3f} | 1 |"
 )
 for K in (1, 2, 4, 8):
     for name, model, steps, solver in (

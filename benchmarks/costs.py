@@ -230,7 +230,8 @@ def draw(result: dict, path: Path) -> None:
     )
     axes[3].set(xlabel="sampling steps K", ylabel="ms per image, sampling")
     figure.suptitle(
-        f"{result['hardware']}: cost per image; beside each point the share of the peak of a matrix product ({result['peak'] / 1e12:.2g} TFLOP/s)",
+        f"{result['hardware']}: cost per image; beside each point the share of the peak of a "
+        f"matrix product ({result['peak'] / 1e12:.2g} TFLOP/s)",
         fontsize=10,
     )
     figure.tight_layout()
@@ -266,10 +267,12 @@ def main(argv: list[str]) -> int:
         "peak": peak(device, args.repeats),
     }
     print(
-        f"{result['hardware']}, torch {torch.__version__}; a matrix product reaches {result['peak'] / 1e12:.3g} TFLOP/s\n"
+        f"{result['hardware']}, torch {torch.__version__}; a matrix product reaches "
+        f"{result['peak'] / 1e12:.3g} TFLOP/s\n"
     )
     print(
-        "| parameters | size | batch | images/s in training | GFLOP/s | of the peak | GiB |\n|---|---|---|---|---|---|---|"
+        "| parameters | size | batch | images/s in training | GFLOP/s | of the peak | GiB |\n"
+        "|---|---|---|---|---|---|---|"
     )
     for what, point in (
         ("parameters", lambda v: (v, size, batch)),
@@ -286,14 +289,17 @@ def main(argv: list[str]) -> int:
             result[what].append(row)
             memory = "" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
             print(
-                f"| {row['parameters'] / 1e6:.2f} M | {row['size']} | {row['batch']} | {row['images_per_second']:.0f} | {row['flops'] / 1e9:.0f} | {row['flops'] / result['peak']:.0%} | {memory} |",
+                f"| {row['parameters'] / 1e6:.2f} M | {row['size']} | {row['batch']} | "
+                f"{row['images_per_second']:.0f} | {row['flops'] / 1e9:.0f} | "
+                f"{row['flops'] / result['peak']:.0%} | {memory} |",
                 flush=True,
             )
     result["steps"] = sampling(channels, size, batch, grid["steps"], device, args)
     print("\n| K | ms per image | over K forward passes [quartiles] |\n|---|---|---|")
     for row in result["steps"]:
         print(
-            f"| {row['steps']} | {1000 * row['seconds_per_image']:.2f} | {row['over_forwards']:.3f} [{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}] |"
+            f"| {row['steps']} | {1000 * row['seconds_per_image']:.2f} | "
+            f"{row['over_forwards']:.3f} [{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}] |"
         )
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import run_cifar
 from mcm.lab.checkpoint import read_safetensors
 
-RUN = "--data digits --device cpu --channels 16 --teacher-iterations 120 --student-iterations 60 --steps 1 2 --samples 256 --classifier-iterations 30 --batch 32 --save-every 6"
+RUN = (
+    "--data digits --device cpu --channels 16 --teacher-iterations 120 --student-iterations 60 "
+    "--steps 1 2 --samples 256 --classifier-iterations 30 --batch 32 --save-every 6"
+)
 OUTPUTS = ("teacher", "cd-1", "cd-2", "teacher.state", "cd-1.state", "cd-2.state")
 
 

@@ -86,7 +86,8 @@ QUESTIONS = [
     ),
     Question(
         "From the teacher's weights, or from random ones?",
-        "the teacher's, in distillation and in consistency training: both become more robust and converge faster; no figures.",
+        "the teacher's, in distillation and in consistency training: both become more robust and "
+        "converge faster; no figures.",
         {},
         {"base": (1, 8), "random": (1, 8)},
     ),
@@ -141,7 +142,8 @@ def answers(folders: list[Path]) -> str:
             if (folder / name / "results.json").is_file()
         }
         runs.setdefault(
-            f"{made['base']['data']} {made['base']['settings']['image_size']}x{made['base']['settings']['image_size']}",
+            f"{made['base']['data']} "
+            f"{made['base']['settings']['image_size']}x{made['base']['settings']['image_size']}",
             [],
         ).append(made)
 
@@ -194,9 +196,8 @@ def answers(folders: list[Path]) -> str:
             )
         for data, seeds in runs.items():
             for variant, steps in question.variants.items():
-                lines.append(
-                    f"| {data}, {variant} | {' | '.join(cell(seeds, variant, K) if K in steps else '' for K in columns)} |"
-                )
+                cells = [cell(seeds, variant, K) if K in steps else "" for K in columns]
+                lines.append(f"| {data}, {variant} | {' | '.join(cells)} |")
     return "\n".join(lines[1:]) + "\n"
 
 

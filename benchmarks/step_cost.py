@@ -90,7 +90,8 @@ for _ in range(args.repeats):
 device = torch.cuda.get_device_name() if args.device != "cpu" else f"cpu, {args.threads} threads"
 parameters = sum(p.numel() for p in network.parameters()) / 1e6
 print(
-    f"{parameters:.2f} M parameters, {args.size}x{args.size}, batch {args.batch}, {device}, torch {torch.__version__}, median of {args.repeats} [quartiles]"
+    f"{parameters:.2f} M parameters, {args.size}x{args.size}, batch {args.batch}, {device}, torch "
+    f"{torch.__version__}, median of {args.repeats} [quartiles]"
 )
 print("| step | ms | over the teacher's step | limit |\n|---|---|---|---|")
 figures = {
@@ -110,7 +111,8 @@ for name, limit in (("teacher", ""), ("ct", "4/3"), ("cd", "5/3")):
         ratios[3 * len(ratios) // 4],
     )
     print(
-        f"| {name} | {1000 * statistics.median(seconds[name]):.1f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {limit} |"
+        f"| {name} | {1000 * statistics.median(seconds[name]):.1f} | {middle:.2f} [{low:.2f}, "
+        f"{high:.2f}] | {limit} |"
     )
     figures[name] = {
         "milliseconds": 1000 * statistics.median(seconds[name]),

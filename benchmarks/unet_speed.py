@@ -288,7 +288,8 @@ def main(argv: list[str]) -> int:
     missing = [name for name, network in made.items() if network is None]
     if missing:
         print(
-            f"not installed, left out: {', '.join(missing)} (pip install -r requirements-benchmarks.txt)",
+            f"not installed, left out: {', '.join(missing)} (pip install -r "
+            f"requirements-benchmarks.txt)",
             file=sys.stderr,
         )
     networks = {
@@ -306,7 +307,9 @@ def main(argv: list[str]) -> int:
     if args.learn:
         about.steps = args.learn
         print(
-            f"{about.hardware}, {args.size}x{args.size}, {args.learn} steps of batch {args.batch}\n\n| UNet | parameters | v-loss on held-out images | before training | seconds |\n|---|---|---|---|---|"
+            f"{about.hardware}, {args.size}x{args.size}, {args.learn} steps of batch {args.batch}\n"
+            f"\n| UNet | parameters | v-loss on held-out images | before training | seconds |\n"
+            f"|---|---|---|---|---|"
         )
         rows = {}
         for name, network in networks.items():
@@ -314,20 +317,24 @@ def main(argv: list[str]) -> int:
                 network, NETWORKS[name][1], args, device
             )
             print(
-                f"| {name} | {rows[name]['parameters']:,} | {rows[name]['after']:.4f} | {rows[name]['before']:.2f} | {rows[name]['seconds']:.0f} |",
+                f"| {name} | {rows[name]['parameters']:,} | {rows[name]['after']:.4f} | "
+                f"{rows[name]['before']:.2f} | {rows[name]['seconds']:.0f} |",
                 flush=True,
             )
     else:
         about.repeats, rows = args.repeats, speeds(networks, args, device)
         print(
-            f"{about.hardware}, {args.size}x{args.size}, batch {args.batch}, medians of {args.repeats} interleaved repeats [smallest, largest]\n"
+            f"{about.hardware}, {args.size}x{args.size}, batch {args.batch}, medians of "
+            f"{args.repeats} interleaved repeats [smallest, largest]\n"
         )
         print(
-            "| UNet | parameters | training, images/s | over mcm's | forward, images/s | over mcm's |\n|---|---|---|---|---|---|"
+            "| UNet | parameters | training, images/s | over mcm's | forward, images/s | over "
+            "mcm's |\n|---|---|---|---|---|---|"
         )
         for name, row in rows.items():
             cells = [
-                f"{row[k]['images_per_second']:.0f} | {row[k]['over_mcm']:.2f} [{row[k]['range'][0]:.2f}, {row[k]['range'][1]:.2f}]"
+                f"{row[k]['images_per_second']:.0f} | {row[k]['over_mcm']:.2f} "
+                f"[{row[k]['range'][0]:.2f}, {row[k]['range'][1]:.2f}]"
                 for k in ("training", "forward")
             ]
             print(f"| {name} | {row['parameters']:,} | {' | '.join(cells)} |")

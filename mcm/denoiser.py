@@ -77,7 +77,7 @@ class Denoiser(nn.Module):
 
 
 def select(cond: Any, index: Tensor | slice) -> Any:
-    """The conditions of these samples: of a tensor (B, ...), of a named tuple of tensors, or None."""
+    """The conditions of these samples: of a tensor (B, ...), a named tuple of tensors, or None."""
     if isinstance(cond, tuple):
         return type(cond)(*(select(part, index) for part in cond))
     return None if cond is None else cond[index]
@@ -91,7 +91,7 @@ def joined(a: Any, b: Any) -> Any:
 
 
 class Guided(nn.Module):
-    """What `guided` returns. `conditional` is the denoiser without guidance (x_var comes from it)."""
+    """What `guided` returns. `conditional`: the denoiser without guidance (x_var comes from it)."""
 
     def __init__(self, conditional: nn.Module, w: float | Tensor | Callable, null_cond: Any):
         super().__init__()

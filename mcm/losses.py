@@ -20,15 +20,7 @@ from .errors import InputError
 from .method import Method
 from .sampling import noised
 from .schedule import DiscreteSchedule, Schedule, time_dtype
-from .solvers import (
-    addim_aim,
-    ddim,
-    ddim_coefficients,
-    er_sde_aim,
-    expand,
-    joined_aim,
-    mean_over_dims,
-)
+from .solvers import addim_aim, coefficients, ddim, er_sde_aim, expand, joined_aim, mean_over_dims
 
 
 class LossOutput(NamedTuple):
@@ -178,7 +170,7 @@ def consistency_loss(
 WEIGHTS = {
     "v": lambda t, q, schedule: 1 / schedule(t)[1],
     "x": lambda t, q, schedule: torch.ones_like(t),
-    "q": lambda t, q, schedule: ddim_coefficients(t, q, schedule)[1],
+    "q": lambda t, q, schedule: coefficients(t, q, schedule)[1],
 }
 
 # (B, ...), c -> (B,)
@@ -197,7 +189,7 @@ def draw_times(method: Method, n: int, progress: float, device: torch.device) ->
 
 
 def grid_points(t: Tensor, grid: int) -> Tensor:
-    """(B,) times -> the integer i of the next grid point i / grid above, or of the one that t is."""
+    """(B,) times -> the integer i of the next grid point i / grid above, or of t's own."""
     rounding = 4 * grid * torch.finfo(t.dtype).eps
     return torch.ceil(t * grid - rounding).long().clamp(1, grid)
 

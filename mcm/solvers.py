@@ -42,7 +42,7 @@ def eps_hat(x_hat: Tensor, z_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor
     return (z_t - expand(alpha_t, z_t) * x_hat) / expand(sigma_t, z_t)
 
 
-def ddim_coefficients(t: Tensor, s: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+def coefficients(t: Tensor, s: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """-> keep, gain, (B,) each: DDIM's step is z_s = keep z_t + gain x_hat, with
 
         keep = sigma_s / sigma_t,   gain = alpha_s - alpha_t keep.
@@ -60,7 +60,7 @@ def ddim(x_hat: Tensor, z_t: Tensor, t: Tensor, s: Tensor, schedule: Schedule) -
 
     z_s = alpha_s x_hat + (sigma_s / sigma_t)(z_t - alpha_t x_hat).
     """
-    keep, gain = ddim_coefficients(t, s, schedule)
+    keep, gain = coefficients(t, s, schedule)
     return expand(keep, z_t) * z_t + expand(gain, z_t) * x_hat
 
 
@@ -84,7 +84,7 @@ def inverse_ddim(z_s: Tensor, z_t: Tensor, t: Tensor, s: Tensor, schedule: Sched
     neighbouring times. Where s = t no x_hat is singled out and the result is not finite. (The loss
     does without: it knows what its steps aim at.)
     """
-    keep, gain = ddim_coefficients(t, s, schedule)
+    keep, gain = coefficients(t, s, schedule)
     return (z_s - expand(keep, z_t) * z_t) / expand(gain, z_t)
 
 
@@ -104,8 +104,8 @@ def joined_aim(
     coordinates z / alpha, DDIM moves on straight lines in lambda = sigma / alpha: the slope of one
     line t -> q is the weighted mean of the slopes of the two lines t -> s and s -> q.)
     """
-    second = ddim_coefficients(s, q, schedule)[1]
-    both = ddim_coefficients(t, q, schedule)[1]
+    second = coefficients(s, q, schedule)[1]
+    both = coefficients(t, q, schedule)[1]
     return torch.lerp(x_first, x_second, expand(divide(second, both, otherwise=1.0), x_first))
 
 
@@ -137,7 +137,7 @@ def addim_aim(
     """
     alpha_t, sigma_t = schedule(t)
     sigma_s = schedule(s)[1]
-    gain = ddim_coefficients(t, s, schedule)[1]
+    gain = coefficients(t, s, schedule)[1]
     if x_var is None:
         x_var = 0.1 * sigma_t**2 / (2 * sigma_t**2 + alpha_t**2)  # 0.1 / (2 + SNR)
     eps = eps_hat(x_hat, z_t, t, schedule)
@@ -185,7 +185,7 @@ def _log_lambda(t: Tensor, schedule: Schedule) -> Tensor:
 
 
 def _kept_noise(t: Tensor, s: Tensor, schedule: Schedule, noise_scale: float | str) -> Tensor:
-    """g, (B,): the share of the old noise in the new; the rest is fresh, so that variances add up."""
+    """g, (B,): the share of the old noise in the new; the rest is fresh: variances add up."""
     if isinstance(noise_scale, str):
         log_h = NOISE_SCALES[noise_scale]
         g = torch.exp(log_h(_log_lambda(s, schedule)) - log_h(_log_lambda(t, schedule)))
@@ -255,7 +255,7 @@ def er_sde_aim(
     to t; over many steps the noise averages out.
     """
     sigma_s = schedule(s)[1]
-    gain = ddim_coefficients(t, s, schedule)[1]
+    gain = coefficients(t, s, schedule)[1]
     g = _kept_noise(t, s, schedule, noise_scale)
     noise = torch.randn(z_t.shape, dtype=z_t.dtype, device=z_t.device, generator=generator)
     fresh = divide(sigma_s * torch.sqrt(1 - g**2), gain, otherwise=0.0)

@@ -1,11 +1,8 @@
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS",
-    "1",
-    # read when torch is loaded, here and in what tests start: on small networks two workers of one
-    # thread do more than one of two
-)
+# Read when torch is loaded, here and in what tests start: on small networks two workers of one
+# thread do more than one of two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -44,16 +44,13 @@ def digits() -> None:
 
 def latent() -> None:
     out, pipeline = WORK / "latent", WORK / "pipeline"
-    args = run_latent.parse([])
-    if not (
-        pipeline / "model_index.json"
-    ).is_file():  # smaller than run_latent.py's, to be light in the repository
-        world = run_latent.load_world(args)
-        vae, unet = (
-            run_latent.training(args, args.vae_iterations, 4, 1e-3, clip=0.1),
-            run_latent.training(args, 4000, 24, 1e-3),
-        )
-        train_tiny_sdxl(world.prompts, world.pictures, pipeline, vae, unet, channels=(48, 96))
+    config = run_latent.parse([])
+    if not (pipeline / "model_index.json").is_file():
+        # smaller than run_latent.py's, to be light in the repository
+        data = run_latent.load_data(config, config.image_size)
+        vae = run_latent.training(config, config.vae_iterations, 4, 1e-3, clip=0.1)
+        unet = run_latent.training(config, 4000, 24, 1e-3)
+        train_tiny_sdxl(data.prompts, data.images, pipeline, vae, unet, channels=(48, 96))
     names, resume = ["mlcm", "tlcm"], ["--resume"] * (out / "run.json").is_file()
     if run_latent.run(
         [

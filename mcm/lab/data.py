@@ -157,7 +157,7 @@ CIFAR_FILE = 10_000 * CIFAR_ROW
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads pickles of plain containers and numpy arrays (the python version's files), no others."""
+    """Reads pickles of plain containers and numpy arrays (as the python version's), no others."""
 
     def find_class(self, module: str, name: str):
         array = module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype")

@@ -77,7 +77,7 @@ def inside(points: Tensor, manifold: Tensor, k: int, chunk: int = 2048) -> float
 
 
 def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
-    """The share of real samples (n, d) with a fake one (m, d) nearer than their k-th real neighbour.
+    """The share of real samples (n, d) with a fake one (m, d) nearer than their k-th real one.
 
     (arXiv 2002.09797.)
     """
@@ -103,7 +103,7 @@ def principal_components(latents: Tensor, k: int = 16) -> Callable[[Tensor], Ten
 
 
 def nearest(queries: Tensor, images: Tensor, chunk: int = 8192) -> Tensor:
-    """For each query (n, C, H, W) the index of the nearest image (uint8) by pixel distance: (n,)."""
+    """For each query (n, C, H, W) the index of the nearest image (uint8), by its pixels: (n,)."""
     flat = queries.flatten(1)
     parts = [torch.cdist(flat, to_float(part).flatten(1)) for part in images.split(chunk)]
     return torch.cat(parts, dim=1).argmin(1)

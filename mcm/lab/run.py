@@ -296,6 +296,15 @@ class Run:
                 raise KeyboardInterrupt
         distributed.barrier()  # what comes next may read the files
 
+    def autocast(self) -> torch.autocast:
+        """bf16, if it was asked for.
+
+        Without the cache: it would hand the target call's weights, cast without gradient, to the
+        student's call.
+        """
+        enabled = self.settings.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled, cache_enabled=False)
+
     def save_model(self) -> None:
         """Called with every state: what else there is to write, by `write_later`."""
 
@@ -447,21 +456,14 @@ class DenoiserRun(Run):
                 labels = torch.where(dropped, data.classes, labels)
             t = distributed.shard(stratified_times(n, self.device))
             noise = distributed.shard(torch.randn(n, *x.shape[1:], device=self.device))
-            # Without the cache: it would hand the target call's weights, cast without gradient, to
-            # the student's call.
-            with self._autocast(settings.precision == "bf16"):
+            with self.autocast():
                 yield x, labels, t, noise
 
     def backward(self, output: LossOutput) -> None:
         """Add the gradient of a part's loss, and note it for the log."""
-        with self._autocast(False):
+        with torch.autocast(self.device.type, enabled=False):
             (output.loss * self._share).backward()
         self.record(output.per_sample, output.t)
-
-    def _autocast(self, enabled: bool) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
-        )
 
     def save_model(self) -> None:
         self.averaged.metadata = self.metadata | {

@@ -1,6 +1,6 @@
 """From a text-to-image teacher to a few-step student, by any recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from ..lab.data import batch_indices, mixed
 from ..lab.evaluation import on_device
 from ..lab.run import Learner, Run, Training
 from ..losses import LossOutput, consistency_loss
-from .objectives import OBJECTIVES, Objective, gradient
-from .recipes import Phase, Recipe
+from .objectives import Adversarial, DistributionMatching, Objective, Preference, gradient
+from .recipes import EVALUATIONS, Phase, Recipe
 from .scorer import Reward
 from .sdxl import SDXL, Condition, unconditional
 from .states import draw_states
@@ -53,10 +53,6 @@ class Distillation:
     def guidance_input(self) -> bool:
         """A student is told its guidance only when there is more than one."""
         return isinstance(self.guidance, tuple)
-
-    @property
-    def mean_guidance(self) -> float:
-        return sum(self.guidance) / 2 if self.guidance_input else self.guidance
 
 
 def distil(job: Distillation, recipe: Recipe) -> float:
@@ -107,33 +103,46 @@ def distil(job: Distillation, recipe: Recipe) -> float:
     return seconds
 
 
+def make_objective(kind: str, job: Distillation) -> Objective:
+    """A further objective by the name that a Phase has for it. Raises InputError."""
+    if kind == "preference":
+        most = None if job.sdxl.size <= 32 else 2  # a decoder of full size is expensive
+        return Preference(job.reward, job.sdxl.to_images, job.reward_level, job.prompts, most)
+    if kind == "distribution_matching":
+        w = sum(job.guidance) / 2 if job.guidance_input else job.guidance
+        return DistributionMatching(job.sdxl, w)
+    if kind in ("adversarial", "adversarial_diffused"):
+        return Adversarial(job.sdxl, diffused=kind == "adversarial_diffused")
+    raise InputError(f"unknown objective {kind!r}: choose {', '.join(EVALUATIONS)}")
+
+
+def begin_averages(sdxl: SDXL, phase: Phase, settings: Training) -> list[tuple[dict, Callable]]:
+    """The averages that follow the student; the target starts where the student is."""
+    averages = [(sdxl.weights("average"), settings.ema_at)]
+    if phase.target_ema is not None:
+        target = sdxl.weights("target")
+        with torch.no_grad():
+            for key, value in sdxl.weights("student").items():
+                target[key].copy_(value)
+        averages.append((target, lambda step: phase.target_ema))
+    return averages
+
+
 def train_phase(job: Distillation, phase: Phase, settings: Training, name: str) -> float:
     """-> the seconds that it took."""
     sdxl = job.sdxl
-    weights = sdxl.weights("student")
-    averages = [(sdxl.weights("average"), settings.ema_at)]
-    target = None
-    if phase.target_ema is not None:
-        target = sdxl.denoiser("target")
-        with torch.no_grad():
-            for key, value in sdxl.weights("target").items():
-                value.copy_(weights[key])
-        averages.append((sdxl.weights("target"), lambda step: phase.target_ema))
     student = sdxl.denoiser("student")
+    target = None if phase.target_ema is None else sdxl.denoiser("target")
     w = told_guidance if job.guidance_input else job.guidance
     teacher = guided(sdxl.denoiser(), w, unconditional)
-    objectives = {kind: OBJECTIVES[kind](job) for kind, _ in phase.objectives}
+    averages = begin_averages(sdxl, phase, settings)
+    learner = Learner(sdxl.weights("student"), settings.clip, averages)
+    objectives = {kind: make_objective(kind, job) for kind, _ in phase.objectives}
     critics = {kind: o.learner for kind, o in objectives.items() if o.learner}
     for critic in critics.values():
         critic.lr_scale = phase.critic_lr
-    learners = {"student": Learner(weights, settings.clip, averages), **critics}
+    learners = {"student": learner, **critics}
     run = Run(name, learners, settings, job.out, job.resume, phase.method.student_steps)
-    autocast = torch.autocast(
-        sdxl.device.type,
-        torch.bfloat16,
-        enabled=settings.precision == "bf16",
-        cache_enabled=False,  # it would hand weights cast without gradient to the student's call
-    )
     for step in run:
         rows = batch_indices(len(job.prompts), settings.batch, step, settings.seed)
         outputs = []
@@ -142,19 +151,10 @@ def train_phase(job: Distillation, phase: Phase, settings: Training, name: str) 
                 first = chosen[:: phase.rollout_steps]
                 chosen = first.repeat_interleave(phase.rollout_steps)
             x, noise, cond = batch(job, phase, chosen)
-            with autocast:
+            with run.autocast():
                 x, z_t, t = draw_states(phase, x, noise, cond, student, teacher, run.progress)
-                output = consistency_loss(
-                    student,
-                    x,
-                    cond,
-                    phase.method,
-                    teacher=teacher,
-                    target=target,
-                    progress=run.progress,
-                    t=t,
-                    z_t=z_t,
-                )
+                asked = {"teacher": teacher, "target": target, "progress": run.progress}
+                output = consistency_loss(student, x, cond, phase.method, t=t, z_t=z_t, **asked)
                 prompts = [job.prompts[i] for i in chosen]
                 total, values = total_gradient(output, objectives, phase, prompts)
             output.x_hat.backward(total * (len(chosen) / settings.batch))
@@ -165,7 +165,7 @@ def train_phase(job: Distillation, phase: Phase, settings: Training, name: str) 
         for kind, critic in critics.items():
             for _ in range(objectives[kind].updates):
                 for output in outputs:
-                    with autocast:
+                    with run.autocast():
                         loss = objectives[kind].critic_loss(output)
                     (loss / len(outputs)).backward()
                 critic.update()

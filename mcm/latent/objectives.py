@@ -7,10 +7,8 @@ own, reaches only that network; `learner` holds it, and takes `updates` steps fo
 student's. `output` is what consistency_loss returned. The teacher is never trained.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,9 +23,6 @@ from ..solvers import expand, mean_over_dims
 from .recipes import FAKE_UPDATES
 from .scorer import Reward
 from .sdxl import DECODER, SDXL, unconditional
-
-if TYPE_CHECKING:
-    from .distil import Distillation
 
 
 class Objective(Protocol):
@@ -184,17 +179,3 @@ class Adversarial:
 def random_times(like: Tensor) -> Tensor:
     """(B,), uniform in [0.02, 0.98]."""
     return 0.02 + 0.96 * torch.rand(len(like), dtype=time_dtype(like.device), device=like.device)
-
-
-def make_preference(job: Distillation) -> Preference:
-    most = None if job.sdxl.size <= 32 else 2  # a decoder of full size is expensive
-    return Preference(job.reward, job.sdxl.to_images, job.reward_level, job.prompts, most)
-
-
-OBJECTIVES: dict[str, Callable[[Distillation], Objective]] = {
-    "preference": make_preference,
-    "distribution_matching": lambda job: DistributionMatching(job.sdxl, job.mean_guidance),
-    "adversarial": lambda job: Adversarial(job.sdxl, diffused=False),
-    "adversarial_diffused": lambda job: Adversarial(job.sdxl, diffused=True),
-}
-"""By name, as a Phase has them: what makes each from the job that it is a part of."""

@@ -41,7 +41,7 @@ class Phase:
     """The decay of the averaged student that answers at z_s; None: the student itself."""
 
     objectives: tuple[tuple[str, float], ...] = ()
-    """Further objectives (`objectives.OBJECTIVES`) by name, with their weights: the norm of their
+    """Further objectives (`distil.make_objective`) by name, with their weights: the norm of their
     gradient at x_hat over that of the consistency loss."""
 
 

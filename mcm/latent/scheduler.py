@@ -1,4 +1,4 @@
-"""The students' sampler for stock pipelines: pipe.scheduler = MCMScheduler.from_pretrained(folder)."""
+"""The students' sampler for stock diffusers pipelines: MCMScheduler.from_pretrained(folder)."""
 
 import inspect
 from collections.abc import Sequence

@@ -66,7 +66,7 @@ class Condition(NamedTuple):
 
 
 def unconditional(cond: Condition) -> Condition:
-    """Zeros in place of the text, the same time ids (the pipeline's force_zeros_for_empty_prompt)."""
+    """Zeros in place of the text, the same time ids (as force_zeros_for_empty_prompt does)."""
     states = torch.zeros_like(cond.states)
     return cond._replace(states=states, pooled=torch.zeros_like(cond.pooled))
 

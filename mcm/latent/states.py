@@ -99,7 +99,7 @@ def draw_states(
     teacher: nn.Module,
     progress: float = 1.0,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """-> x, z_t and t for `consistency_loss`. Raises InputError for a batch that cannot share runs."""
+    """-> x, z_t and t for `consistency_loss`. Raises InputError if a batch cannot share runs."""
     t = draw_times(phase.method, len(noise), progress, noise.device)
     M = phase.rollout_steps
     if phase.share_rollout:  # neighbours fall through the segments of one run

@@ -177,7 +177,8 @@ def train_tiny_sdxl(
     size = images.shape[-1]
     if size % 8:
         raise InputError(
-            f"images of {size} pixels do not fit the autoencoder: their side must be a multiple of 8"
+            f"images of {size} pixels do not fit the autoencoder: their side must be a multiple "
+            f"of 8"
         )
     work = out.with_name(out.name + ".partial")
     work.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ def test_a_training_step_never_waits_for_the_gpu(kind, tmp_path):
 
 
 def test_a_compiled_step_trains_the_same_weights(tmp_path):
-    """To rounding: how far a few steps move them, with and without torch.compile, in distillation."""
+    """To rounding: how far a few steps move them, with and without torch.compile."""
     data, moves = load_data("digits").to(torch.device("cuda")), []
     for compiled in (False, True):
         torch.manual_seed(0)

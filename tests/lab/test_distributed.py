@@ -14,7 +14,10 @@ import mcm
 from mcm.lab import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN = "--data digits --device cpu --channels 16 --teacher-iterations 12 --student-iterations 8 --steps 2 --samples 131 --classifier-iterations 20 --batch 32 --save-every 4 --lr 1e-3"
+RUN = (
+    "--data digits --device cpu --channels 16 --teacher-iterations 12 --student-iterations 8 "
+    "--steps 2 --samples 131 --classifier-iterations 20 --batch 32 --save-every 4 --lr 1e-3"
+)
 
 
 def run(processes: int, out: Path, *more: str) -> subprocess.CompletedProcess:

@@ -224,7 +224,7 @@ def test_compiling_without_a_compiler_is_explained(tmp_path, monkeypatch):
 
 
 def test_average_is_the_recursion(tmp_path):
-    """One step: averaged = w_0 + (1 - 1/10)(w_1 - w_0), as the decay starts at (1 + 0) / (10 + 0)."""
+    """One step: averaged = w_0 + (1 - 1/10)(w_1 - w_0): the decay starts at (1 + 0) / (10 + 0)."""
     denoiser = small(0.0)
     start = copy.deepcopy(denoiser)
     averaged = train(denoiser, diffusion, DATA, settings(iterations=1), tmp_path, "m")
@@ -351,7 +351,10 @@ def test_a_full_disk_is_explained_and_nothing_saved_is_lost(tmp_path):
     try:
         with pytest.raises(
             mcm.InputError,
-            match=r"m(.state)?.safetensors could not be written .*make room, and continue with --resume",
+            match=(
+                r"m(.state)?.safetensors could not be written .*make room, and continue with "
+                r"--resume"
+            ),
         ):
             train(small(0.0), at_step_six, DATA, settings(iterations=8), tmp_path, "m")
     finally:

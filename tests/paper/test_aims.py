@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mcm
-from mcm.solvers import addim_aim, ddim_coefficients, er_sde_aim, joined_aim
+from mcm.solvers import addim_aim, coefficients, er_sde_aim, joined_aim
 
 COSINE = mcm.CosineSchedule()
 SDXL = mcm.DiscreteSchedule.scaled_linear()
@@ -81,7 +81,7 @@ def drawn(schedule, n=64, seed=0):
 
 def close(ours, z_s, z, t, s, schedule):
     """ours is inverse_ddim(z_s) to rounding: a few ulp of z and x, over the gain."""
-    gain = column(ddim_coefficients(t, s, schedule)[1], z)
+    gain = column(coefficients(t, s, schedule)[1], z)
     expected = mcm.inverse_ddim(z_s, z, t, s, schedule)
     size = 1 + z.abs().max() + expected.abs()
     assert ((ours - expected).abs() < 64 * torch.finfo(torch.float64).eps * size / gain).all()

@@ -52,7 +52,7 @@ def linear_times(n, grid):
     return torch.linspace(1, grid, n).round().double() / grid
 
 
-# --- the two limits --------------------------------------------------------------------------------------------------------
+# --- the two limits -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -175,7 +175,7 @@ def test_one_segment_is_a_consistency_model(network, schedule, distill):
     assert (g - reference).norm() / reference.norm() < 1e-10
 
 
-# --- the target ------------------------------------------------------------------------------------------------------------
+# --- the target -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -213,7 +213,7 @@ def test_target_is_the_composition_of_ddims(network, schedule, K, x_var, skip):
 
 @pytest.mark.parametrize("K", [1, 4])
 def test_at_the_bottom_of_a_segment_the_student_has_no_say(network, K):
-    """s = q: the target is the teacher's, whatever the student answers; one point higher it is not."""
+    """s = q: the target is the teacher's, whatever the student answers; not one point higher."""
     teacher, (x, y, noise), grid = copy_with(network), batch(), 4 * K
     method = Method(K, teacher_steps=(grid, grid))
     garbage = lambda z, t, cond=None: torch.full_like(z, 1e3)  # noqa: E731
@@ -344,7 +344,7 @@ def test_stratified_times_cover_every_noise_level_once():
     assert abs(t.mean() - 0.5) < 5 / (64 * math.sqrt(12 * 64 * 200))  # 5 standard errors
 
 
-# --- known solutions -------------------------------------------------------------------------------------------------------
+# --- known solutions ------------------------------------------------------------------------------
 
 
 class GaussianConsistency(nn.Module):
