@@ -346,7 +346,7 @@ def make_scorers(
     clip = CLIPReward(config.clip, device) if config.clip else None
     if data.images is None:
         if not clip:
-            print("without images or --clip there is no reward: preference stages are left out")
+            print("without images or --clip there is no reward: preference phases are left out")
         return clip, None
     folder = config.out / "pretrained" if config.pretrained else source
     half = len(data.prompts) // 2

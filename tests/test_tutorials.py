@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent / "tutorials"
 NOTEBOOKS = sorted(ROOT.rglob("[0-9]*.ipynb"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_notebook_runs(path, tmp_path):
     shutil.copytree(

@@ -78,11 +78,17 @@ def distilled(T: int, K: int, teacher: nn.Module = mixture, points: int = 6001) 
     """The best K-step student of a teacher (consistency distillation): its target is a function of
     z_t, filled in from t = 0 upwards.
     """
-    student, stage = Table(T, K, points), mcm.Method(K, (T, T), x_var=None, distance="squared")
+    student, method = Table(T, K, points), mcm.Method(K, (T, T), x_var=None, distance="squared")
     for i in range(1, T + 1):
         t = torch.full((points,), i / T).double()
         noise = (student.z / schedule(t)[1])[:, None]  # with x = 0, so that z_t = z
         student.values[i] = mcm.consistency_loss(
-            student, torch.zeros(points, 1).double(), None, stage, teacher=teacher, t=t, noise=noise
+            student,
+            torch.zeros(points, 1).double(),
+            None,
+            method,
+            teacher=teacher,
+            t=t,
+            noise=noise,
         ).x_target[:, 0]
     return student

@@ -100,8 +100,8 @@ def argument(kind: type, default: object) -> dict:
     if get_origin(kind) is tuple:
         items = get_args(kind)
         nargs = "*" if items[-1] is Ellipsis else len(items)
-        return {"type": items[0], "nargs": nargs, "action": AsTuple}
-    return {"type": kind}
+        return argument(items[0], default) | {"nargs": nargs, "action": AsTuple}
+    return {"type": kind, "metavar": {int: "N", float: "X", str: "NAME", Path: "PATH"}[kind]}
 
 
 class AsTuple(argparse.Action):

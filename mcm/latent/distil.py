@@ -73,7 +73,7 @@ def distil(job: Distillation, recipe: Recipe) -> float:
         )
     wanted = {kind for phase in recipe.phases for kind, _ in phase.objectives}
     if "preference" in wanted and job.reward is None:
-        raise InputError("this recipe has a preference stage: give it a reward")
+        raise InputError("this recipe has a preference phase: give it a reward")
     seed = job.settings.seed
     torch.manual_seed(mixed(seed, len(recipe.phases)))
     averaged_targets = any(phase.target_ema is not None for phase in recipe.phases)

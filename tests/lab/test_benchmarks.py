@@ -149,6 +149,7 @@ def test_answers_are_means_over_seeds(tmp_path):
     assert "±" not in questions.answers([tmp_path / "0"])
 
 
+@pytest.mark.slow
 def test_costs_are_measured_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(
         costs.GRIDS,
@@ -176,6 +177,7 @@ def test_costs_are_measured_and_drawn(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "costs-cpu.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_networks_of_equal_size_are_compared(tmp_path, monkeypatch, capsys):
     """With this project's own, as the others need not be installed; all must be near to the size
     asked for as well.

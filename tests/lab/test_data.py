@@ -331,4 +331,4 @@ def test_captioned_pictures_keep_their_captions(tmp_path, capsys):
             captions != sorted(captions, key=lambda c: int(c.split()[1]))
             and len(set(captions)) == 19
         )
-    assert "1 of 20 pictures could not be read" in capsys.readouterr().out
+    assert "1 of 20 images could not be read" in capsys.readouterr().out

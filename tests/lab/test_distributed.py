@@ -12,6 +12,7 @@ from PIL import Image
 
 import mcm
 from mcm.lab import distributed
+from mcm.lab.run import DenoiserRun, Training
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = (
@@ -58,6 +59,7 @@ def apart(a: Path, b: Path, name: str) -> float:
     ).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["teacher", "cd-2"])
 def test_two_processes_train_what_one_does(runs, name):
     """To rounding, in weights and losses."""
@@ -74,6 +76,7 @@ def test_two_processes_train_what_one_does(runs, name):
         assert [x is None for x in a["loss_by_t"]] == [x is None for x in b["loss_by_t"]]
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(runs):
     one, two = (json.loads((runs[n] / "results.json").read_text())["rows"] for n in (1, 2))
     for a, b in zip(one, two):
@@ -88,6 +91,7 @@ def test_two_processes_measure_what_one_does(runs):
         )  # and of predictions
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_same_images(runs):
     one, two = (np.asarray(Image.open(runs[n] / "samples.png"), np.int16) for n in (1, 2))
     assert one.shape == two.shape and one.std() > 10 and np.abs(one - two).max() <= 2
@@ -120,6 +124,7 @@ def test_dropout_differs_between_processes_and_agrees_between_the_two_calls_of_a
     assert torch.equal(torch.rand(3), after)
 
 
+@pytest.mark.slow
 def test_a_run_that_two_began_is_ended_by_one(runs, tmp_path):
     out = tmp_path / "run"
     done = run(2, out, "--student-iterations", "4")
@@ -147,9 +152,17 @@ def test_a_run_that_two_began_is_ended_by_one(runs, tmp_path):
     assert apart(runs[1], out, "teacher") < 1e-4
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     done = run(2, tmp_path / "run", "--batch", "33")
     assert (
         done.returncode != 0
         and "a batch of 33 cannot be shared evenly by 2 processes" in done.stderr
     )
+
+
+def test_uneven_batches_are_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    denoiser = mcm.Denoiser(mcm.UNet(8, 1, 8, (1,), 1), mcm.CosineSchedule())
+    with pytest.raises(mcm.InputError, match="a batch of 33 cannot be shared evenly by 2 proc"):
+        DenoiserRun("m", denoiser, Training(1, batch=33), tmp_path)

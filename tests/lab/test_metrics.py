@@ -88,6 +88,7 @@ def test_nearest():
     assert metrics.nearest(queries, data.images, chunk=100).tolist() == [5, 700, 3]
 
 
+@pytest.mark.slow
 def test_the_feature_classifier_is_good_cached_and_deterministic(tmp_path):
     data = digits()
     first, accuracy = metrics.train_classifier(data, 300, tmp_path / "f.safetensors")
@@ -105,6 +106,7 @@ def test_the_feature_classifier_is_good_cached_and_deterministic(tmp_path):
         metrics.train_classifier(data, 200, tmp_path / "f.safetensors")
 
 
+@pytest.mark.slow
 def test_frechet_sees_what_it_should(tmp_path):
     """Real held-out digits are closer than noisy ones, those closer than noise."""
     data = digits()
@@ -155,6 +157,7 @@ def test_other_weights_than_inception(downloads):
         metrics.Inception()
 
 
+@pytest.mark.slow
 def test_inception_features(downloads, monkeypatch):
     """With random weights: what goes in is 8-bit RGB, and what comes out is the 2048 features of
     the port, of grey images too.

@@ -75,6 +75,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, kill_at
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_saves_the_averaged_weights(tmp_path):
     run = settings(iterations=150, batch=64, lr=3e-3, ema=0.9, log_every=50, save_every=1000)
     averaged = train(small(0.0), diffusion, DATA, run, tmp_path, "m", note="x")
@@ -196,6 +197,7 @@ def test_the_next_steps_do_not_wait_for_the_disk(tmp_path, monkeypatch):
         assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_compiled_steps_are_the_same_steps(tmp_path):
     """To rounding; and what is saved loads as ever."""
@@ -208,6 +210,7 @@ def test_compiled_steps_are_the_same_steps(tmp_path):
     assert mcm.load(tmp_path / "mTrue.safetensors").metadata["step"] == 4
 
 
+@pytest.mark.slow
 def test_compiling_without_a_compiler_is_explained(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     torch._dynamo.reset()

@@ -1,12 +1,14 @@
 """The script from end to end, as a user starts it."""
 
+import contextlib
+import io
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -31,16 +33,12 @@ import run_cifar  # noqa: E402
 
 
 def run(*arguments):
-    """As a user would: a process of its own. -> what it printed."""
-    environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning", "TQDM_DISABLE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run_cifar.py"), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    """-> what it printed. In this process, to be quick; a warning is a failure."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert run_cifar.run([str(a) for a in arguments]) == 0
+    return printed.getvalue()
 
 
 @pytest.fixture
@@ -65,6 +63,7 @@ def quick(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_digits_students_beat_their_teacher_by_far(tmp_path):
     """About a minute: a small teacher, 1- and 2-step students; each needs less than half the
     teacher's distance at equal steps.
@@ -84,6 +83,7 @@ def test_digits_students_beat_their_teacher_by_far(tmp_path):
         assert students[K]["class_accuracy"] > 0.9
 
 
+@pytest.mark.slow
 def test_what_out_receives(quick):
     names = {p.name for p in quick.iterdir()}
     pictures = {"samples.png", "quality_vs_steps.png", "training.png"}
@@ -111,6 +111,7 @@ def test_what_out_receives(quick):
     )
 
 
+@pytest.mark.slow
 def test_results_json_has_the_promised_shape(quick):
     results = json.loads((quick / "results.json").read_text())
     assert results["data"] == "digits" and results["seed"] == 0 and results["device"] == "cpu"
@@ -178,6 +179,7 @@ def copied(quick, tmp_path):
     return out
 
 
+@pytest.mark.slow
 def test_fid_is_named_only_with_inception(tmp_path, monkeypatch, capsys):
     """With a stand-in for the network, which has 100 MB of weights: its name, its default of 50,000
     samples, its cache of the real features.
@@ -229,6 +231,7 @@ def test_fid_is_named_only_with_inception(tmp_path, monkeypatch, capsys):
     ).replace("not FID", "")
 
 
+@pytest.mark.slow
 def test_resume_repeats_nothing_and_adds_what_is_new(quick, tmp_path):
     out = copied(quick, tmp_path)
     before = {p.name: p.stat().st_mtime_ns for p in out.glob("*.safetensors")}
@@ -243,7 +246,7 @@ def test_resume_repeats_nothing_and_adds_what_is_new(quick, tmp_path):
     assert [r.get("recipe") for r in json.loads((out / "results.json").read_text())["rows"]][
         -4:
     ] == ["mcm-cd"] * 3 + ["mcm-ct"]
-    # a student made anew is measured anew, the others are not
+    # a student trained again is measured again, the others are not
     for end in ("", ".state"):
         (out / f"cd-2{end}.safetensors").unlink()
     run(
@@ -262,6 +265,7 @@ def test_resume_repeats_nothing_and_adds_what_is_new(quick, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_nothing():
     """The short version of a benchmark, which kills a larger run 30 times."""
     shorter = "--channels 8 --teacher-iterations 24 --student-iterations 12 --samples 128"
@@ -279,6 +283,7 @@ def test_kills_at_random_moments_change_nothing():
     ), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_like_an_undisturbed_one(quick, tmp_path):
     """Stopped for real in the middle of a student by Ctrl-C, which saves: the resumed weights are
     the same. (Kills: above.)
@@ -313,6 +318,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(quick, tmp_path):
     assert all(torch.equal(finals[0][k], finals[1][k]) for k in finals[0])
 
 
+@pytest.mark.slow
 def test_sample_draws_a_grid_in_the_steps_the_checkpoint_knows(quick, tmp_path):
     assert "9 images, 2 steps" in run(
         "--sample", quick / "cd-2.safetensors", "--n", 9, "--out", tmp_path
@@ -321,6 +327,7 @@ def test_sample_draws_a_grid_in_the_steps_the_checkpoint_knows(quick, tmp_path):
     assert "64 steps" in run("--sample", quick / "teacher.safetensors", "--n", 4, "--out", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_given_teacher_and_guidance(quick, tmp_path):
     out = tmp_path / "guided"
     run(
@@ -343,6 +350,7 @@ def test_a_given_teacher_and_guidance(quick, tmp_path):
     assert "quick" not in results["command"] and "teacher.safetensors" in results["command"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["teacher", "random"])
 def test_where_students_start(quick, tmp_path, init):
     """With a learning rate of nearly nothing a student ends where it starts: at the teacher's
@@ -370,6 +378,7 @@ def test_where_students_start(quick, tmp_path, init):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["settings"]["init"] == init
 
 
+@pytest.mark.slow
 def test_fewer_pixels_and_another_schedule(tmp_path):
     """Digits averaged down to 4x4, with the interpolated cosine schedule that the paper has for
     ImageNet 64.
@@ -413,6 +422,7 @@ def test_presets_have_the_size_they_say(data, preset, millions):
     assert f"{millions} M" in run_cifar.PRESETS[data][preset][0]
 
 
+@pytest.mark.slow
 def test_a_folder_of_images(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(150):
@@ -439,8 +449,10 @@ def test_a_folder_of_images(tmp_path):
     assert mcm.load(tmp_path / "run" / "cd-2.safetensors").network.arguments["classes"] == 2
 
 
-def test_help_reads_like_documentation():
-    text = run("--help")
+def test_help_reads_like_documentation(capsys):
+    with pytest.raises(SystemExit):
+        run_cifar.run(["--help"])
+    text = capsys.readouterr().out
     for word in (
         "--data",
         "--method",
@@ -478,7 +490,7 @@ def test_help_reads_like_documentation():
             "--data digits --image-size 16",
             "digits has images of 8 pixels, which cannot be averaged down to 16: choose 8, 4 or 2",
         ),
-        ("--data digits --noise-scale 0 1", "--noise-scale 0.0 1.0 must be positive"),
+        ("--data digits --noise-scale 0 1", "--noise-scale must be positive, not 0.0 1.0"),
         ("--data digits --channels -8", "channels must be a positive multiple of 8, not -8"),
         ("--data digits --dropout 2", "dropout 2.0 in [0, 1)"),
         ("--data digits --seed -1", "--seed must be at least 0"),

@@ -45,6 +45,7 @@ def refused(argv, capsys, *words):
         assert re.search(word, message), (word, message)
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(done):
     out = done / "out"
     results = json.loads((out / "results.json").read_text())
@@ -109,6 +110,7 @@ def test_what_a_run_leaves(done):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlcm", "mcm-4"])
 def test_the_model_cards_code_works_when_pasted(done, name, tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", (done / "out" / name / "README.md").read_text(), re.S)[
@@ -119,6 +121,7 @@ def test_the_model_cards_code_works_when_pasted(done, name, tmp_path, monkeypatc
     assert (tmp_path / "image.png").stat().st_size > 100
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_repeats_nothing(done, monkeypatch):
     before = json.loads((done / "out" / "results.json").read_text())["rows"]
     for name in ("distil", "train_tiny_sdxl"):
@@ -137,12 +140,14 @@ def test_resuming_a_finished_run_repeats_nothing(done, monkeypatch):
     assert [row["frechet"] for row in before] == [row["frechet"] for row in after]
 
 
+@pytest.mark.slow
 def test_another_runs_folder_is_not_overwritten(done, capsys):
     out = ["--out", str(done / "out")]
     refused([*QUICK, *out], capsys, "another run's results", "--resume")
     refused([*QUICK, *out, "--resume", "--seed", "3"], capsys, "seed 0, but now it is seed 3")
 
 
+@pytest.mark.slow
 def test_a_pretrained_pipeline_from_prompts_alone(tmp_path):
     """No picture is read: mlcm and tlcm learn from the prompts, on any SDXL pipeline."""
     untrained_pipeline(tmp_path / "words").save_pretrained(tmp_path / "pipe")
@@ -183,6 +188,7 @@ def test_a_pretrained_pipeline_from_prompts_alone(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_captioned_folder(tmp_path):
     pool = shapes.choose(shapes.scenes(), 1300, 5)
     (tmp_path / "data").mkdir()

@@ -22,6 +22,7 @@ def trained(tmp_path_factory):
     return folder, captions, pictures
 
 
+@pytest.mark.slow
 def test_stock_diffusers_loads_and_samples_it(trained, tmp_path):
     folder, captions, _ = trained
     pipe = StableDiffusionXLPipeline.from_pretrained(folder)
@@ -37,6 +38,7 @@ def test_stock_diffusers_loads_and_samples_it(trained, tmp_path):
     assert not torch.equal(other, picture)
 
 
+@pytest.mark.slow
 def test_it_is_built_as_sdxl_is(trained):
     pipe = StableDiffusionXLPipeline.from_pretrained(trained[0])
     assert (
@@ -58,6 +60,7 @@ def test_it_is_built_as_sdxl_is(trained):
     )
 
 
+@pytest.mark.slow
 def test_latents_are_whitened(trained):
     """By the convolutions at the autoencoder's waist, so that no scaling factor or mean has to be
     known.
@@ -95,6 +98,7 @@ def test_folding_the_whitening_changes_no_reconstruction(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_tokenizers(trained):
     folder, captions, _ = trained
     for name in ("tokenizer", "tokenizer_2"):
@@ -111,6 +115,7 @@ def test_tokenizers(trained):
         )
 
 
+@pytest.mark.slow
 def test_the_pooled_text_changes_with_every_word(trained):
     sdxl = SDXL(load_pipeline(str(trained[0]), torch.float32, torch.device("cpu")), 8)
     words = "a small red circle above a large blue square on black".split()
@@ -131,6 +136,7 @@ def test_the_pooled_text_changes_with_every_word(trained):
     assert ((pooled[1:] - pooled[0]).abs().amax(1) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_is_there_is_not_trained_again(trained, monkeypatch):
     folder, captions, pictures = trained
     monkeypatch.setattr(tiny_sdxl, "train_autoencoder", lambda *a: pytest.fail("trained again"))
@@ -140,6 +146,7 @@ def test_a_pipeline_that_is_there_is_not_trained_again(trained, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_run_cut_short_goes_on(trained, tmp_path, monkeypatch):
     _, captions, pictures = trained
     vae, unet = Training(6, 4, lr=1e-3, save_every=2), Training(6, 4, lr=1e-3, save_every=2)

@@ -482,7 +482,10 @@ W2 = {
 }
 
 
-@pytest.mark.parametrize("distill, T", W2)
+@pytest.mark.parametrize(
+    "distill, T",
+    [pytest.param(*case, marks=pytest.mark.slow if case[1] > 64 else ()) for case in W2],
+)
 def test_w2_of_the_best_possible_student(distill, T):
     """On 0.5 N(-1, 0.2^2) + 0.5 N(1, 0.2^2), CT is biased by the grid and loses its bias with K; CD
     is limited by the teacher's discretisation alone. The figures have two digits. Those of CD at
