@@ -13,7 +13,7 @@ from torch import Tensor
 from ..denoiser import Denoiser
 from ..errors import InputError
 from ..sampling import noised
-from ..schedule import DiscreteSchedule
+from ..schedule import DiscreteSchedule, time_dtype
 from ..solvers import ddim, expand
 from .recipes import MILESTONES
 
@@ -160,12 +160,12 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         x = original_samples.float()
-        t = ((timesteps.double() + 1) / len(self)).to(x.device).expand(len(x))
+        t = timesteps.to(x.device, time_dtype(x.device)).add(1).div(len(self)).expand(len(x))
         return noised(x, t, noise.float(), self.schedule).to(original_samples.dtype)
 
     def _time(self, timestep: int, like: Tensor) -> Tensor:
         t = (timestep + 1) / len(self)
-        return torch.full((len(like),), t, dtype=torch.float64, device=like.device)
+        return torch.full((len(like),), t, dtype=time_dtype(like.device), device=like.device)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

@@ -31,22 +31,10 @@ from ..lab.data import cat_on_disk, to_float
 from ..schedule import DiscreteSchedule
 
 # The 14 module kinds of LCM-LoRA, which TLCM's release uses too.
-MODULES = [
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-    "time_emb_proj",
-]
+MODULES = (
+    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
+    "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
+).split()
 DECODER = r"(up_blocks\..*\.(" + "|".join(m.replace(".", r"\.") for m in MODULES) + r")|conv_out)"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 OMEGA_CHANNELS = 256  # of the embedding of the guidance scale, as diffusers' pipelines compute it
