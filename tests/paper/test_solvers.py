@@ -242,11 +242,11 @@ def test_second_order_integrates_a_prediction_that_is_linear_in_lambda(noise_sca
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn", lambda shape, **k: torch.zeros(shape, dtype=torch.float64))
         second = mcm.er_sde(x_hat(t), z, t, s, COSINE, x_hat(before), before, noise_scale)
-        first, fine, n = mcm.er_sde(x_hat(t), z, t, s, COSINE, noise_scale=noise_scale), z, 4000
+        first, fine, n = mcm.er_sde(x_hat(t), z, t, s, COSINE, noise_scale=noise_scale), z, 1000
         for k in range(n):
             a, b = t - (t - s) * k / n, t - (t - s) * (k + 1) / n
             fine = mcm.er_sde(x_hat(a), fine, a, b, COSINE, noise_scale=noise_scale)
-    assert (second - fine).abs().max() < 2e-4 < 0.02 < (first - fine).abs().max()
+    assert (second - fine).abs().max() < 1e-3 < 0.02 < (first - fine).abs().max()
 
 
 def test_second_order_falls_back_where_it_is_undefined():
