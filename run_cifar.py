@@ -44,8 +44,8 @@ class Config:
     """cd: distil the teacher; ct: consistency training from the images, starting from the teacher's
     weights"""
     init: Literal["teacher", "random"] = "teacher"
-    """where the students' weights start: at the teacher's, as in the paper, or where the teacher
-    began"""
+    """where the students' weights start: at the teacher's, as in the paper, or at random, where a
+    teacher of this run began"""
     steps: tuple[int, ...] = (1, 2, 4, 8)
     """one student for each number of sampling steps"""
     teacher: Path | None = None

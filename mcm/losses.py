@@ -49,10 +49,11 @@ def restored_randomness(device: torch.device) -> AbstractContextManager:
 def stratified_times(
     n: int, device: torch.device, generator: torch.Generator | None = None
 ) -> Tensor:
-    """(n,) times, each uniform on (0, 1], one in each of n equal strata.
+    """(n,) falling times, one uniform on each of n equal parts of (0, 1].
 
     So a batch covers all noise levels evenly, and its loss varies less than with independent draws
-    (the low-discrepancy sampler of variational diffusion models, arXiv 2107.00630).
+    (as with the low-discrepancy sampler of arXiv 2107.00630, which shares one draw). Samples must
+    not be in an order of their own: the first of a batch gets the most noise.
     """
     u = torch.rand(n, device=device, generator=generator, dtype=time_dtype(device))
     return 1 - (torch.arange(n, device=device) + u) / n
@@ -111,8 +112,8 @@ def consistency_loss(
     progress: the fraction of the run done, which sets the grid.
     t: (B,) in (0, 1], moved up to the next grid point; noise: like x. Drawn, as all that is random
         here, from torch's own random state when not given.
-    z_t: noisy images at these t, in place of noised x. Then x may be None: with a teacher, and
-        unless method.x_var is "mse".
+    z_t: noisy images at these t, in place of noised x; t must be points of the grid, as
+        `draw_times` gives. Then x may be None: with a teacher, and unless method.x_var is "mse".
 
     Asking that DDIM t->q of the student's x_hat land where DDIM s->q of x_hat(z_s, s) does, and
     solving for x_hat, gives a convex combination of what the teacher's step aims at and of
@@ -127,7 +128,7 @@ def consistency_loss(
     schedule = student.schedule
     if z_t is None and x is None or z_t is not None and t is None:
         raise InputError("pass images x, or noisy images z_t together with their times t")
-    if x is None and (teacher is None or method.x_var == "mse"):
+    if x is None and (teacher is None or method.x_var == "mse" and not method.teacher_eta):
         raise InputError("without images x, pass a teacher, and a method whose x_var is not 'mse'")
 
     # 1. A time t, a little lower s, and the start q of their segment.

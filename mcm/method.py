@@ -18,8 +18,8 @@ class Method:
     """Defaults: Multistep Consistency Models (arXiv 2403.06807), Algorithm 1 and appendix A.1.
 
     The time axis is a grid of T = K * max(1, round(N / K)) points i / T, cut into K segments of
-    equal length. A point i belongs to the segment (q, q + T / K] above whose lower end q it lies;
-    s is the grid point `skip` below it, but never below q.
+    equal length. The segment of a point i is (q, q + T / K]: q is the last border strictly below
+    i. s is the grid point `skip` below i, but never below q.
     """
 
     student_steps: int
@@ -34,7 +34,7 @@ class Method:
     """The fraction of the run after which N has reached its end value."""
 
     skip: int = 1
-    """How many grid points lie between t and s."""
+    """s is so many grid points below t, but never below q."""
 
     x_var: Literal["mse", "prior"] | None = "mse"
     """The teacher's step from z_t to z_s is aDDIM with this variance. "mse": x_var_fraction times
@@ -67,15 +67,14 @@ class Method:
     """The order of er_sde; second order needs a sub-step before, so the first one is of order 1."""
 
     def __post_init__(self):
-        if self.student_steps < 1:
-            raise InputError(
-                f"the number of student steps must be at least 1, not {self.student_steps}"
-            )
-        if self.student_steps > max(self.teacher_steps):
+        for name in ("student_steps", "skip", "sub_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if min(self.teacher_steps) < 1 or self.student_steps > max(self.teacher_steps):
             raise InputError(
                 f"{self.student_steps} student steps do not fit on a grid of "
-                f"{max(self.teacher_steps)} teacher steps: use fewer student steps or more teacher "
-                "steps"
+                f"{max(self.teacher_steps)} teacher steps: use fewer student steps or more "
+                "teacher steps"
             )
 
     def points_per_segment(self, progress: float) -> int:

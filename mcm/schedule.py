@@ -27,8 +27,8 @@ class CosineSchedule:
     Unclipped and unshifted, alpha = cos(pi t / 2) and sigma = sin(pi t / 2), that is
     logSNR(t) = -2 log tan(pi t / 2).
 
-    clip: keep logSNR within [-clip, clip] by shrinking the range of the angle; None: unclipped
-        (alpha_1 = 0 exactly).
+    clip: before any shift, keep logSNR within [-clip, clip] (but at t = 0) by shrinking the range
+        of the angle; None: unclipped (alpha_1 = 0 exactly).
     shift_low, shift_high: added to logSNR with weight 1 - t and t. One shift for all t is
         shift_low = shift_high = 2 log(n / d): the noise that suits n x n images, applied to d x d
         ones. Two values interpolate, which is what Multistep Consistency Models (arXiv 2403.06807)

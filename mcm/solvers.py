@@ -6,9 +6,9 @@ adds to DDIM's z_s, it could have had from DDIM by aiming elsewhere: at the x th
 other are a single one towards a weighted mean of their two aims (`joined_aim`).
 
 All functions take z of shape (B, ...) and times t, s of shape (B,) with s <= t, and return the
-dtype of z_t. Coefficients are computed in the dtype of t: pass float64 times where the device has
-them; images may stay float32. A step from t to t returns z_t exactly, also at t = 0, as long as
-x_hat is finite.
+wider dtype of z_t and x_hat. Coefficients are computed in the dtype of t: pass float64 times where
+the device has them; images may stay float32. A step from t to t returns z_t exactly, also at t = 0,
+as long as x_hat is finite.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def ddim(x_hat: Tensor, z_t: Tensor, t: Tensor, s: Tensor, schedule: Schedule) -
 
 
 def towards(aim: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """-> the solver that takes what `aim` takes, and a DDIM step towards the x that it returns."""
+    """Turn an aim into a solver: a DDIM step towards aim(x_hat, z_t, t, s, schedule, ...)."""
 
     @wraps(aim)
     def step(
@@ -99,10 +99,10 @@ def joined_aim(
 
         x = (1 - m) x_first + m x_second,   m = g(s, q) / g(t, q),
 
-    a convex combination: nothing cancels, however close the times are. At s = q, m is exactly 0; at
-    q = 0 < s it is exactly 1; at s = t too, as nothing was done towards x_first. (In the
-    coordinates z / alpha, DDIM moves on straight lines in lambda = sigma / alpha: the slope of one
-    line t -> q is the weighted mean of the slopes of the two lines t -> s and s -> q.)
+    a convex combination: nothing cancels, however close the times are. For s < t, m is exactly 0 at
+    s = q and exactly 1 at q = 0 < s; at s = t it is 1, as nothing was done towards x_first. (In
+    z / sigma against u = alpha / sigma a DDIM step is a straight line of slope x, so a slope of
+    two lines in turn is the mean of theirs: m = (u_q - u_s) / (u_q - u_t).)
     """
     second = coefficients(s, q, schedule)[1]
     both = coefficients(t, q, schedule)[1]
@@ -129,11 +129,11 @@ def addim_aim(
     x_var: (B,) variance per dimension of x given z_t. None means the paper's analytic
         0.1 / (2 + SNR(t)), a tenth of the posterior variance under a Gaussian prior of variance 0.5
         (used for sampling, where there is no data to estimate it from).
-    A step to s = 0 returns x_hat; x_var = 0 is DDIM.
+    A step to s = 0 returns x_hat (there is no noise left to correct); x_var = 0 is DDIM.
 
-    `addim_aim` is x_hat + delta / gain, where delta is what `addim` adds to DDIM's z_s: the
-    difference of the root and sigma_s, times eps_hat. It is written without its cancellation, as
-    z_var / mean(eps_hat^2) over the sum of the two; then one gain is left in the numerator.
+    `addim_aim` is x_hat + delta / gain, where delta is what `addim` adds to DDIM's z_s:
+    (sqrt(a^2 + b) - a) eps_hat with a = sigma_s and b = z_var / mean(eps_hat^2). It is written
+    without its cancellation, as b / (sqrt(a^2 + b) + a); one gain of b is divided out.
     """
     alpha_t, sigma_t = schedule(t)
     sigma_s = schedule(s)[1]

@@ -1,12 +1,11 @@
 """The network: a small UNet for 8x8 to 64x64 images, by hand.
 
-    image -> conv -> [blocks, halve] x levels -> middle -> [double, blocks] x levels -> conv ->
-                       output like the image `------------- skip connections, concatenated
-                       -------------'
+    image -> conv -> [blocks, halve] ... blocks -> middle -> blocks [double, blocks] ... -> conv
+                       `------------ skip connections, concatenated ------------'
 
 Every block is conditioned on the time and the class by a scale and a shift of its second
-normalisation (as in ADM, arXiv 2105.05233). Every block's last layer starts at zero, so that the
-untrained network is almost the identity in depth and trains stably.
+normalisation (as in ADM, arXiv 2105.05233). Its last layer starts at zero, so that a block begins
+as its skip connection, and the untrained network answers 0.
 """
 
 import math

@@ -92,7 +92,7 @@ class Stopped(Exception):
 @pytest.mark.parametrize(
     "recipe, phase, step",
     [
-        ("mlcm", 3, 4),
+        pytest.param("mlcm", 3, 4, marks=pytest.mark.slow),
         pytest.param("tlcm", 1, 2, marks=pytest.mark.slow),
         pytest.param("tlcm", 2, 1, marks=pytest.mark.slow),
         pytest.param("tlcm", 3, 2, marks=pytest.mark.slow),
@@ -157,6 +157,7 @@ def test_the_teacher_is_guided_as_the_student_is_told_wherever_z_t_comes_from(
     distil(job, one_phase(RECIPES["mlcm"](4), share_rollout=share))
 
 
+@pytest.mark.slow
 def test_data_free_recipes_never_touch_an_image(teacher, tmp_path):
     for recipe in ("mlcm", "tlcm"):
         assert not RECIPES[recipe](4).needs_images

@@ -21,6 +21,7 @@ def scorer(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_it_learns_which_caption_belongs_to_a_picture(scorer):
     captions, pictures = drawn()
     x = to_float(pictures[:64])
@@ -31,6 +32,7 @@ def test_it_learns_which_caption_belongs_to_a_picture(scorer):
     )
 
 
+@pytest.mark.slow
 def test_it_is_differentiable_in_the_picture_and_takes_any_size_and_script(scorer):
     x = torch.randn(3, 3, 48, 48, requires_grad=True)
     scorer(x, ["大红圆", "", "a red circle " * 30]).sum().backward()
