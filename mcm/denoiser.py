@@ -51,9 +51,7 @@ class Denoiser(nn.Module):
         if prediction not in ("v", "epsilon", "x"):
             raise InputError(f'prediction must be "v", "epsilon" or "x", not {prediction!r}')
         if prediction == "epsilon" and schedule(torch.ones(1))[0] == 0:
-            raise InputError(
-                "epsilon-prediction needs alpha > 0 at t = 1: clip the schedule, or predict v or x"
-            )
+            raise InputError("epsilon needs alpha_1 > 0: clip the schedule, or predict v or x")
         self.network = network
         self.schedule = schedule
         self.prediction = prediction
@@ -91,15 +89,25 @@ def joined(a: Any, b: Any) -> Any:
 
 
 class Guided(nn.Module):
-    """What `guided` returns. `conditional`: the denoiser without guidance (x_var comes from it)."""
+    """Classifier-free guidance (arXiv 2207.12598): x_hat = x(null) + w (x(cond) - x(null)).
 
-    def __init__(self, conditional: nn.Module, w: float | Tensor | Callable, null_cond: Any):
+    w is Imagen's: 1 is the conditional model, 0 the unconditional one; papers that write
+    cond + omega (cond - null) mean omega = w - 1. To guide x_hat is to guide the predicted noise,
+    both being affine in each other at a given z_t.
+
+    w: a number, (B,), or a function that finds it in cond.
+    null_cond: what "no condition" is to the network, or a function that makes it from cond; None is
+        passed on as None.
+    `conditional` is the denoiser without guidance.
+    """
+
+    def __init__(self, denoiser: nn.Module, w: float | Tensor | Callable, null_cond: Any = None):
         super().__init__()
-        self.conditional = conditional
+        self.conditional = denoiser
         self.w = w
         self.null_cond = null_cond
-        self.schedule = conditional.schedule
-        self.student_steps = getattr(conditional, "student_steps", None)
+        self.schedule = denoiser.schedule
+        self.student_steps = getattr(denoiser, "student_steps", None)
 
     def forward(self, z: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         null = self.null_cond(cond) if callable(self.null_cond) else self.null_cond
@@ -115,15 +123,4 @@ class Guided(nn.Module):
         return x_null + w * (x_cond - x_null)
 
 
-def guided(denoiser: nn.Module, w: float | Tensor | Callable, null_cond: Any = None) -> nn.Module:
-    """Classifier-free guidance (arXiv 2207.12598): x_hat = x(null) + w (x(cond) - x(null)).
-
-    w is Imagen's: 1 is the conditional model, 0 the unconditional one; papers that write
-    cond + omega (cond - null) mean omega = w - 1. To guide x_hat is to guide the predicted noise,
-    both being affine in each other at a given z_t.
-
-    w: a number, (B,), or a function that finds it in cond.
-    null_cond: what "no condition" is to the network, or a function that makes it from cond; None is
-        passed on as None.
-    """
-    return Guided(denoiser, w, null_cond)
+guided = Guided  # as in guided(denoiser, w)

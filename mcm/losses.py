@@ -9,7 +9,6 @@
 (arXiv 2403.06807, Algorithm 1.)
 """
 
-from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -40,7 +39,7 @@ class LossOutput(NamedTuple):
     cond: Any
 
 
-def restored_randomness(device: torch.device) -> AbstractContextManager:
+def restored_randomness(device: torch.device):
     """Within this block random numbers are drawn as ever; after it, as if none had been drawn."""
     devices = [] if device.type == "cpu" else [device]
     return torch.random.fork_rng(devices, device_type=device.type)
@@ -160,10 +159,8 @@ def consistency_loss(
 
     # 6. Compare.
     x_hat = student(z_t, t, cond)
-    weight = WEIGHTS[method.weight](t, q, schedule)
-    per_sample = DISTANCES[method.distance](
-        expand(weight, z_t) * (x_target - x_hat), method.huber_c
-    )
+    difference = expand(WEIGHTS[method.weight](t, q, schedule), z_t) * (x_target - x_hat)
+    per_sample = DISTANCES[method.distance](difference, method.huber_c)
     return LossOutput(per_sample.mean(), per_sample, x_hat, x_target, z_t, t, x, cond)
 
 
@@ -202,10 +199,8 @@ def _segment_times(
     per_segment = method.points_per_segment(progress)
     grid = per_segment * method.student_steps
     if isinstance(schedule, DiscreteSchedule) and grid > len(schedule.alphas_cumprod):
-        raise InputError(
-            f"a grid of {grid} points is finer than the schedule's "
-            f"{len(schedule.alphas_cumprod)} steps: lower teacher_steps"
-        )
+        levels = f"the schedule's {len(schedule.alphas_cumprod)} steps"
+        raise InputError(f"a grid of {grid} points is finer than {levels}: lower teacher_steps")
     dtype = time_dtype(t.device)
     i = grid_points(t, grid)
     # the top of a segment, i = q + T/K, belongs to it: the sampler starts there

@@ -73,8 +73,7 @@ class Method:
         if min(self.teacher_steps) < 1 or self.student_steps > max(self.teacher_steps):
             raise InputError(
                 f"{self.student_steps} student steps do not fit on a grid of "
-                f"{max(self.teacher_steps)} teacher steps: use fewer student steps or more "
-                "teacher steps"
+                f"{max(self.teacher_steps)} teacher steps: use fewer, or more teacher steps"
             )
 
     def points_per_segment(self, progress: float) -> int:

@@ -48,9 +48,7 @@ def sample(
         steps = len(times)
     steps = trained if steps is None else steps
     if steps is None:
-        raise InputError(
-            "this is a diffusion model, with no number of steps of its own: pass steps="
-        )
+        raise InputError("a diffusion model has no number of steps of its own: pass steps=")
     if steps < 1:
         raise InputError(f"steps must be at least 1, not {steps}")
     # noised afresh, a one-segment model is asked what it knows at any t
@@ -61,8 +59,8 @@ def sample(
             f"{steps}.",
             stacklevel=3,  # past torch.no_grad
         )
-    takes_generator = "generator" in inspect.signature(solver).parameters
-    options = {"generator": generator} if takes_generator else {}
+    parameters = inspect.signature(solver).parameters
+    options = {"generator": generator} if "generator" in parameters else {}
     if times is None:
         times = [i / steps for i in range(steps, 0, -1)]
     times = torch.tensor([*times, 0.0], dtype=time_dtype(z.device), device=z.device)

@@ -88,9 +88,7 @@ class DiscreteSchedule:
         values = torch.as_tensor(alphas_cumprod, dtype=torch.float64).detach().cpu()
         inside = ((values >= 0) & (values < 1)).all()
         if values.ndim != 1 or not len(values) or not inside or not (values.diff() < 0).all():
-            raise InputError(
-                "alphas_cumprod must be one-dimensional, at least 0, below 1, and strictly falling"
-            )
+            raise InputError("alphas_cumprod must be (N,), in [0, 1), and strictly falling")
         self.alphas_cumprod = values
         alpha2 = torch.cat([torch.ones(1, dtype=torch.float64), values])  # entry 0 is t = 0
         self._alpha = alpha2.sqrt()
@@ -107,9 +105,7 @@ class DiscreteSchedule:
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t: any shape, in [0, 1] -> alpha, sigma of the same shape and dtype."""
         step = self._step(t)
-        alpha = self._alpha.to(t.device, t.dtype)[step]
-        sigma = self._sigma.to(t.device, t.dtype)[step]
-        return alpha, sigma
+        return self._alpha.to(t.device, t.dtype)[step], self._sigma.to(t.device, t.dtype)[step]
 
     def network_time(self, t: Tensor) -> Tensor:
         """What the network is given: the index (int64) that t means; 0 at t = 0, where it is not

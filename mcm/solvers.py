@@ -167,8 +167,7 @@ def renoise(
 
 def _er5(u: Tensor) -> Tensor:
     """log(exp(lambda^0.3) + 10) at u = log lambda."""
-    ten = torch.tensor(10.0, dtype=u.dtype, device=u.device)
-    return torch.logaddexp(torch.exp(0.3 * u), ten.log())
+    return torch.logaddexp(torch.exp(0.3 * u), torch.full_like(u, 10.0).log())
 
 
 # The noise scale functions phi = lambda h(lambda) of arXiv 2309.06169, as log h of u = log lambda.

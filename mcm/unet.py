@@ -132,10 +132,7 @@ class UNet(nn.Module):
         self.arguments = arguments  # for checkpoints: all that is needed to make this network again
         stride = 2 ** (len(multipliers) - 1)
         if image_size % stride:
-            raise InputError(
-                f"image size {image_size} is not divisible by {stride}, "
-                f"which {len(multipliers)} resolution levels need"
-            )
+            raise InputError(f"image size {image_size} is not divisible by {stride}: fewer levels")
         if channels < 1 or channels % GROUPS:
             raise InputError(f"channels must be a positive multiple of {GROUPS}, not {channels}")
         if min(multipliers) < 1 or blocks < 1 or not 0 <= dropout < 1:

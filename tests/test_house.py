@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "mcm").rglob("*.py"))
 PAPER = [p for p in PACKAGE if p.parent == ROOT / "mcm"]
-PYTHON = [p for p in ROOT.rglob("*.py") if not {".venv", "runs", "data"} & set(p.parts)]
+FOLDERS = ("mcm", "tests", "benchmarks", "tutorials")
+PYTHON = [*ROOT.glob("*.py"), *(p for name in FOLDERS for p in (ROOT / name).rglob("*.py"))]
 
 
 def name(path):
@@ -92,7 +93,7 @@ def code_lines(path):
 
 
 def test_the_paper_can_be_read_in_one_sitting_and_the_rest_in_an_afternoon():
-    assert sum(map(code_lines, PAPER)) <= 720
+    assert sum(map(code_lines, PAPER)) <= 700
     scripts = [ROOT / "run_cifar.py", ROOT / "run_latent.py"]
     assert sum(map(code_lines, [*PACKAGE, *scripts])) <= 5100
     assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 150
