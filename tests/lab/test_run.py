@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import mcm
 import mcm.lab.run
 from mcm.lab.data import batch_indices, digits, to_float
-from mcm.lab.run import Training
+from mcm.lab.run import DenoiserRun, Training
 from mcm.method import multistep
 
 DATA = digits()
@@ -457,17 +457,17 @@ def test_ctrl_c_and_sigterm_save_and_resume(tmp_path, which):
     ] == 12
 
 
-def test_a_signal_while_the_end_is_being_saved_is_not_lost(tmp_path):
+def test_a_signal_while_the_end_is_being_saved_is_not_lost(tmp_path, monkeypatch):
+    save_model = DenoiserRun.save_model
+
+    def interrupted(run):
+        save_model(run)
+        if run.step == 11:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(DenoiserRun, "save_model", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(
-            small(),
-            diffusion,
-            DATA,
-            settings(),
-            tmp_path,
-            "m",
-            preview=lambda _, step: step == 12 and signal.raise_signal(signal.SIGTERM),
-        )
+        train(small(), diffusion, DATA, settings(), tmp_path, "m")
     assert mcm.load(tmp_path / "m.safetensors").metadata["step"] == 12
 
 

@@ -642,3 +642,25 @@ def test_drawn_and_injected_times_fall_on_the_grid_alike():
         fine = Method(1, (1280, 1280), x_var=None)
         kept = mcm.consistency_loss(Affine(0.5, 0.3), x[:1280], None, fine, t=points).t
         assert torch.equal(torch.round(kept * 1280).long(), torch.arange(1, 1281))
+
+
+def test_sub_steps_end_at_s_itself():
+    """At s = 0 the image is clean; a last time of 1e-17 would mean index 0 of the schedule."""
+    answers, asked = [], []
+
+    def teacher(z, t, cond=None):
+        answers.append(torch.tanh(z) + t[:, None])
+        return answers[-1]
+
+    def target(z, t, cond=None):
+        asked.append((z, t))
+        return z
+
+    x, noise = torch.randn(2, 1000, 3, dtype=torch.float64)
+    method = Method(1, (1000, 1000), skip=1000, x_var=None, sub_steps=3)
+    student = mcm.Denoiser(lambda z, t, cond: z, DISCRETE, "x")
+    t = torch.arange(1, 1001).double() / 1000
+    mcm.consistency_loss(student, x, None, method, teacher=teacher, target=target, t=t, noise=noise)
+    (z_s, s), last = asked[0], answers[-1]
+    assert (s == 0).all()
+    torch.testing.assert_close(z_s, last, rtol=0, atol=1e-12)
