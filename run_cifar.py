@@ -11,11 +11,11 @@ python run_cifar.py --sample runs/digits/cd-4.safetensors --n 64
 
 import contextlib
 import dataclasses
-import json
 import math
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -155,14 +155,16 @@ def main(argv: list[str]) -> None:
 
     teacher = given or train_teacher(config, data)
     print(f"the network has {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f} M parameters")
-    students = {K: train_student(config, K, teacher, data) for K in config.steps}
+    models = {"teacher": teacher}
+    for K in config.steps:
+        models[f"{config.method}-{K}"] = train_student(config, K, teacher, data)
 
-    rows = evaluate(config, data, teacher, students, evaluator)
+    rows = evaluate(config, data, models, evaluator)
     where = options.provenance("run_cifar.py", argv, device, ["mcm", "torch"])
     distributed.stop()
     if rows:
-        draw_samples(config, data, teacher, students)
-        report(config, where, rows, evaluator, teacher, students, started)
+        draw_samples(config, data, models)
+        report(config, where, rows, evaluator, models, started)
 
 
 def train_teacher(config: Config, data: ImageData) -> mcm.Denoiser:
@@ -203,16 +205,14 @@ def train_student(config: Config, K: int, teacher: mcm.Denoiser, data: ImageData
         network.load_state_dict(teacher.network.state_dict())
     student = mcm.Denoiser(network, teacher.schedule, teacher.prediction, student_steps=K)
     method = method_for(config, K)
-    guided_teacher = guide(teacher, config, data) if config.method == "cd" else None
+    guided_teacher = guide(teacher, config) if config.method == "cd" else None
     settings = training(config, iterations, config.student_lr, config.student_ema, data)
     about = {"trained_on": data.name, "method": config.method}
     run = DenoiserRun(name, student, settings, config.out, config.resume, **about)
     for step in run:
         for x, labels, t, noise in run.parts(data):
-            drawn = {"t": t, "noise": noise, "progress": run.progress}
-            loss = mcm.consistency_loss(
-                run.model, x, labels, method, teacher=guided_teacher, **drawn
-            )
+            asked = {"teacher": guided_teacher, "progress": run.progress}
+            loss = mcm.consistency_loss(run.model, x, labels, method, t=t, noise=noise, **asked)
             run.backward(loss)
         run.update()
         if run.at_checkpoint:
@@ -224,37 +224,22 @@ def train_student(config: Config, K: int, teacher: mcm.Denoiser, data: ImageData
 
 
 def unet(config: Config, in_channels: int, classes: int) -> mcm.UNet:
-    return mcm.UNet(
-        image_size=config.image_size,
-        in_channels=in_channels,
-        channels=config.channels,
-        multipliers=config.multipliers,
-        blocks=config.blocks,
-        attention=config.attention,
-        classes=classes,
-        dropout=config.dropout,
-    )
+    sizes = ("image_size", "channels", "multipliers", "blocks", "attention", "dropout")
+    return mcm.UNet(in_channels=in_channels, classes=classes, **options.values(config, *sizes))
 
 
 def method_for(config: Config, K: int) -> mcm.Method:
     """How the K-step student is trained."""
-    distance = config.distance
-    if distance == "auto":
-        distance = "squared" if K == 1 else "huber"
-    x_var = {} if config.x_var == "auto" else {"x_var": config.x_var}
-    if config.x_var == "none":
-        x_var = {"x_var": None}
     most = K * config.max_points
     last = min(config.grid[1], most)
     first = min(max(config.grid[0], 4 * K), most, last)
-    return mcm.multistep(
-        K,
-        teacher_steps=(first, last),
-        distance=distance,
-        weight=config.weight,
-        huber_c=config.c,
-        **x_var,
-    )
+    given = {"teacher_steps": (first, last), "weight": config.weight, "huber_c": config.c}
+    if config.x_var != "auto":
+        given["x_var"] = None if config.x_var == "none" else config.x_var
+    given["distance"] = config.distance
+    if config.distance == "auto":
+        given["distance"] = "squared" if K == 1 else "huber"
+    return mcm.multistep(K, **given)
 
 
 def student_iterations(config: Config, K: int) -> int:
@@ -266,19 +251,15 @@ def student_iterations(config: Config, K: int) -> int:
 
 
 def training(config: Config, iterations: int, lr: float, ema: float, data: ImageData) -> Training:
+    same = ("batch", "accumulate", "augment", "compile", "seed", "save_every")
     return Training(
         iterations=iterations,
-        batch=config.batch,
-        accumulate=config.accumulate,
         lr=lr,
         warmup=min(1000, iterations // 20),
         ema=ema,
         precision=options.pick_precision(config.precision, data.images.device),
-        augment=config.augment,
-        compile=config.compile,
-        seed=config.seed,
         log_every=min(100, max(10, iterations // 50)),
-        save_every=config.save_every,
+        **options.values(config, *same),
     )
 
 
@@ -295,26 +276,22 @@ def finished(path: Path, iterations: int) -> bool:
 def load_teacher(path: Path, config: Config, data: ImageData) -> mcm.Denoiser:
     """A finished teacher. Raises InputError if it does not fit the data."""
     teacher = mcm.load(path, data.images.device)
-    wanted = (config.image_size, data.image_shape[0], data.classes)
-    names = ("image_size", "in_channels", "classes")
-    found = tuple(teacher.network.arguments[name] for name in names)
+    wanted = {"image_size": config.image_size, "in_channels": data.image_shape[0]}
+    wanted |= {"classes": data.classes, "student_steps": None}
+    has = teacher.network.arguments | {"student_steps": teacher.student_steps}
+    found = {name: has[name] for name in wanted}
     if found != wanted:
-        raise mcm.InputError(
-            f"{path} is for (image size, channels, classes) = {found}, but {config.data} needs "
-            f"{wanted}"
-        )
-    if teacher.student_steps:
-        raise mcm.InputError(
-            f"{path} is a {teacher.student_steps}-step student; a teacher is a diffusion model"
-        )
+        raise mcm.InputError(f"{path} has {found}, but a teacher for {config.data} has {wanted}")
     return teacher
 
 
-def guide(teacher: mcm.Denoiser, config: Config, data: ImageData) -> nn.Module:
-    """The teacher, with guidance where that is asked for."""
+def guide(model: mcm.Denoiser, config: Config) -> nn.Module:
+    """The model, with guidance where that is asked for."""
     if config.guidance == 1:
-        return teacher
-    return mcm.guided(teacher, config.guidance, torch.tensor(data.classes).to(data.images.device))
+        return model
+    classes = model.network.arguments["classes"]
+    no_class = torch.tensor(classes, device=next(model.parameters()).device)
+    return mcm.guided(model, config.guidance, no_class)
 
 
 # --- what is drawn and measured -------------------------------------------------------------------
@@ -376,10 +353,8 @@ def make_evaluator(config: Config, data: ImageData) -> metrics.Evaluator:
     inception = None
     if is_inception(config):  # before hours are spent, not after
         inception = distributed.main_first(metrics.Inception).to(data.images.device)
-    file = features_file(config, data)
-    classifier, accuracy = distributed.main_first(
-        lambda: metrics.train_classifier(data, config.classifier_iterations, file)
-    )
+    asked = (data, config.classifier_iterations, features_file(config, data))
+    classifier, accuracy = distributed.main_first(lambda: metrics.train_classifier(*asked))
     print(
         f"{len(data.images):,} training images, {len(data.held_images):,} held out; the feature "
         f"classifier is right on {accuracy:.1%} of those"
@@ -403,8 +378,7 @@ def features_file(config: Config, data: ImageData) -> Path:
 
 def is_fid(config: Config) -> bool:
     """What is called so: Inception's features, enough samples, images of the data's own size."""
-    native = next(iter(PRESETS[config.data].values()))[1].image_size
-    own_size = config.data == "folder" or config.image_size == native
+    own_size = config.data == "folder" or config.image_size == OWN_SIZE[config.data]
     return is_inception(config) and config.samples >= FID_SAMPLES and own_size
 
 
@@ -416,11 +390,7 @@ def plan(config: Config) -> list[tuple[str, str, int]]:
 
 
 def evaluate(
-    config: Config,
-    data: ImageData,
-    teacher: mcm.Denoiser,
-    students: dict[int, mcm.Denoiser],
-    evaluator: metrics.Evaluator,
+    config: Config, data: ImageData, models: dict[str, mcm.Denoiser], evaluator: metrics.Evaluator
 ) -> evaluation.Rows | None:
     """One row per model and number of steps, all from the same noise and classes.
 
@@ -430,30 +400,28 @@ def evaluate(
     z = normal(n, data.image_shape, config.seed + 1_000_000)
     # each class equally often, as class-conditional benchmarks do
     labels = torch.arange(n) % data.classes
-    guided_teacher = guide(teacher, config, data)
+    models = models | {"teacher": guide(models["teacher"], config)}
+    draw = partial(generate, z=z, labels=labels, config=config, device=data.images.device)
     rows = evaluation.Rows(config.out, measured_with(config, data), config.resume)
     reference = None
     for name, sampler, steps in plan(config):
         key = f"{name} {sampler} {steps}"
         if rows.holds(key):
             continue
-        is_teacher = name == "teacher"
-        model = guided_teacher if is_teacher else students[steps]
-        options = {"device": data.images.device, "solver": getattr(mcm, sampler), "steps": steps}
-        if reference is None and key != "teacher ddim 64":
-            options_64 = options | {"solver": mcm.ddim, "steps": 64}
-            reference = generate(guided_teacher, z, labels, config, label="teacher", **options_64)
         began = time.perf_counter()
-        images = generate(model, z, labels, config, label=f"{name}, {steps} steps", **options)
+        if reference is None:  # the first row; drawn again for the others if that is there already
+            images = reference = draw(models["teacher"], steps=64, label="teacher, 64 steps")
+        if key != "teacher ddim 64":
+            began = time.perf_counter()
+            how = {"solver": getattr(mcm, sampler), "steps": steps}
+            images = draw(models[name], **how, label=f"{name}, {steps} steps")
         seconds = time.perf_counter() - began
-        reference = images if reference is None else reference
-        figures = evaluator.figures(images, labels, data.classes)
-        row = {"model": "teacher"} if is_teacher else {"model": "student"}
-        if not is_teacher:
-            row["recipe"] = f"mcm-{config.method}"
+        is_teacher = name == "teacher"
+        row = {"model": "student", "recipe": f"mcm-{config.method}"}
+        row = {"model": "teacher"} if is_teacher else row
         row |= {"sampler": sampler, "steps": steps}
         row["nfe"] = steps * (2 if is_teacher and config.guidance != 1 else 1)
-        row |= figures
+        row |= evaluator.figures(images, labels, data.classes)
         row["rmse_to_teacher"] = (images - reference).square().mean().sqrt().item()
         row["seconds_per_image"] = seconds / n
         weights = None if is_teacher else config.out / f"{name}.safetensors"
@@ -464,19 +432,14 @@ def evaluate(
 
 def measured_with(config: Config, data: ImageData) -> dict:
     """What all rows depend on."""
-    features = features_file(config, data)
-    return {
-        "samples": config.samples,
-        "seed": config.seed,
-        "guidance": config.guidance,
+    features = checkpoint.digest(features_file(config, data))
+    return options.values(config, "samples", "seed", "guidance") | {
         "teacher": checkpoint.digest(config.teacher or config.out / "teacher.safetensors"),
-        "features": "inception" if is_inception(config) else checkpoint.digest(features),
+        "features": "inception" if is_inception(config) else features,
     }
 
 
-def draw_samples(
-    config: Config, data: ImageData, teacher: mcm.Denoiser, students: dict[int, mcm.Denoiser]
-) -> None:
+def draw_samples(config: Config, data: ImageData, models: dict[str, mcm.Denoiser]) -> None:
     """samples.png: the same noise and class down each column.
 
     On top the training image nearest to the teacher's.
@@ -487,36 +450,29 @@ def draw_samples(
     labels = torch.arange(n, device=device)
     labels = labels * data.classes // n if data.classes > n else labels % data.classes
     label = "teacher, 64 steps"
-    drawn = {label: mcm.sample(guide(teacher, config, data), z, 64, labels)}
-    for K in sorted(students, reverse=True):
-        drawn[f"{config.method.upper()}, K = {K}"] = mcm.sample(students[K], z, cond=labels)
+    drawn = {label: mcm.sample(guide(models["teacher"], config), z, 64, labels)}
+    for K in sorted(config.steps, reverse=True):
+        student = models[f"{config.method}-{K}"]
+        drawn[f"{config.method.upper()}, K = {K}"] = mcm.sample(student, z, cond=labels)
     neighbours = to_float(data.images[metrics.nearest(drawn[label], data.images)])
     plots.sample_rows({"nearest training image": neighbours, **drawn}, config.out / "samples.png")
 
 
-COLUMNS = {
-    "frechet": ("Fréchet", 3),
-    "precision": ("precision", 3),
-    "recall": ("recall", 3),
-    "rmse_to_teacher": ("RMSE to teacher", 3),
-    "class_accuracy": ("class accuracy", 3),
-    "seconds_per_image": ("s/image", 5),
-}
-
-
-def table(results: dict) -> str:
-    """results.md, and what is printed."""
+def head(results: dict) -> list[str]:
+    """What stands above the table."""
     metric = results["metric"]
     floor = results["reference_floor"]
-    fid = metric["name"] == "fid"
-    head = [
+    not_fid = "" if metric["name"] == "fid" else " (not FID)"
+    return [
         f"{results['data']}, seed {results['seed']}: Fréchet distance in the {metric['dim']} "
         f"features of {metric['features']}, {metric['n_generated']:,} samples",
-        f"against the {metric['n_reference']:,} training images{'' if fid else ' (not FID)'}. Two "
-        f"halves of the real data, {floor['n']:,} images each: {floor['frechet']:.3f}.",
+        f"against the {metric['n_reference']:,} training images{not_fid}. Two halves of the real "
+        f"data, {floor['n']:,} images each: {floor['frechet']:.3f}.",
     ]
-    columns = COLUMNS | {"frechet": ("FID", 3)} if fid else COLUMNS
-    return evaluation.table(results, columns, head)
+
+
+def in_order(row: dict) -> tuple:
+    return row["model"] == "student", row["sampler"] == "addim", row["steps"]
 
 
 def report(
@@ -524,16 +480,14 @@ def report(
     where: dict,
     rows: evaluation.Rows,
     evaluator: metrics.Evaluator,
-    teacher: mcm.Denoiser,
-    students: dict[int, mcm.Denoiser],
+    models: dict[str, mcm.Denoiser],
     started: float,
 ) -> None:
     """Write and print what was found."""
     inception = is_inception(config)
-    trained = {str(K): student.metadata["seconds"] for K, student in students.items()}
-    taught = None if config.teacher else teacher.metadata["seconds"]
+    trained = {str(K): models[f"{config.method}-{K}"].metadata["seconds"] for K in config.steps}
+    taught = None if config.teacher else models["teacher"].metadata["seconds"]
     parts = (taught or 0) + sum(trained.values()) + rows.seconds
-    methods = {str(K): dataclasses.asdict(method_for(config, K)) for K in config.steps}
     results = {
         "data": config.data,
         "seed": config.seed,
@@ -556,23 +510,11 @@ def report(
             # of a resumed run: the sum of what its parts took, whenever that was
             "total": round(max(time.perf_counter() - started, parts), 1),
         },
-        "settings": recorded(config),
-        "methods": methods,
+        "settings": options.values(config, *RECORDED),
+        "methods": {str(K): dataclasses.asdict(method_for(config, K)) for K in config.steps},
     }
-    evaluation.report(config.out, results, table(results))
-    print(
-        f"{config.out}: results.json, results.md, samples.png, quality_vs_steps.png, training.png, "
-        "previews, checkpoints, log.jsonl"
-    )
-
-
-def in_order(row: dict) -> tuple:
-    return (
-        row["model"] == "student",
-        row.get("recipe", ""),
-        row["sampler"] == "addim",
-        row["steps"],
-    )
+    evaluation.report(config.out, results, head(results))
+    print(f"{config.out}: results.json, results.md, pictures, previews, checkpoints, log.jsonl")
 
 
 def draw_grid(config: Config, device: torch.device) -> None:
@@ -580,28 +522,27 @@ def draw_grid(config: Config, device: torch.device) -> None:
     denoiser = mcm.load(config.sample, device)
     steps = config.steps[0] if config.steps else denoiser.student_steps or 64
     network = denoiser.network.arguments
-    classes = network["classes"]
     shape = (network["in_channels"], network["image_size"], network["image_size"])
     z = normal(config.n, shape, config.seed)
-    labels = torch.arange(config.n) % max(1, classes)
-    model = denoiser
-    if config.guidance != 1:
-        model = mcm.guided(denoiser, config.guidance, torch.tensor(classes, device=device))
+    labels = torch.arange(config.n) % max(1, network["classes"])
+    how = {"steps": steps, "device": device, "label": f"{steps} steps"}
     began = time.perf_counter()
-    images = generate(model, z, labels, config, steps=steps, device=device, label=f"{steps} steps")
+    images = generate(guide(denoiser, config), z, labels, config, **how)
     seconds = (time.perf_counter() - began) / config.n
-    main_process = distributed.is_main()
-    distributed.stop()
-    if main_process:
+    if distributed.is_main():
         path = config.out / f"{config.sample.stem}-{steps}-steps.png"
         save_grid(images, path, columns=math.ceil(math.sqrt(config.n)))
         print(f"{path}: {config.n} images, {steps} steps each, {seconds:.4f} seconds per image")
+    distributed.stop()
 
 
 # --- the configuration ----------------------------------------------------------------------------
 
 FID_SAMPLES = 50_000  # what the literature reports FID with
+OWN_SIZE = {"digits": 8, "cifar10": 32, "imagenet64": 64}  # of the images, in pixels
 PRESET_VALUES = options.fields_of(Config, options.PRESET_VALUES)
+RECORDED = [*PRESET_VALUES, "method", "guidance", "precision", "augment", "init"]
+"""The options that decide the figures, for results.json."""
 
 
 def check(config: Config) -> None:
@@ -614,30 +555,20 @@ def check(config: Config) -> None:
     )
     given = config.student_iterations
     if isinstance(given, tuple) and len(given) not in (1, len(config.steps)):
-        raise mcm.InputError(
-            f"--student-iterations has {len(given)} numbers for {len(config.steps)} students: "
-            "give one, or one each"
-        )
+        raise mcm.InputError("--student-iterations: give one number, or one for each of --steps")
     if len(set(config.steps)) < len(config.steps):
         raise mcm.InputError(f"--steps {' '.join(map(str, config.steps))} names a student twice")
     if not (config.steps or config.sample) or not config.multipliers:
         raise mcm.InputError("--steps and --multipliers need at least one number")
     if not 0 < config.grid[0] <= config.grid[1] or config.max_points < 2:
-        raise mcm.InputError(
-            f"--grid {config.grid[0]} {config.grid[1]} must be positive and not falling, and "
-            "--max-points at least 2"
-        )
+        raise mcm.InputError("--grid must be positive and not fall, --max-points at least 2")
     dim = (metrics.Inception if is_inception(config) else metrics.Classifier).DIM
     if config.samples < 2 * dim:
         raise mcm.InputError(
-            f"--samples {config.samples} is too few for a covariance of {dim} features: use at "
-            f"least {2 * dim}"
+            f"--samples {config.samples} is too few: at least {2 * dim} are needed"
         )
     if config.method == "ct" and config.guidance != 1:
-        raise mcm.InputError(
-            "--guidance guides the teacher's predictions, and consistency training uses none: drop "
-            "it, or use --method cd"
-        )
+        raise mcm.InputError("--guidance guides the teacher, which --method ct does not ask")
     for K in config.steps:
         method_for(config, K)
     with torch.device("meta"):  # sizes that do not fit are an error here, before any data is read
@@ -692,107 +623,90 @@ TINY = Config(
     samples=1000,
     classifier_iterations=1500,
 )
-PRESETS: dict[str, dict[str, tuple[str, Config]]] = {
-    "digits": {
-        "default": ("5 to 10 minutes on 2 CPU cores", DIGITS),
-        "long": (
-            "20 to 40 minutes on 2 CPU cores",
-            replace(
-                DIGITS,
-                teacher_iterations=5000,
-                student_iterations={1: 3400, 2: 2550, 4: 2125, 8: 1912},
-                ema=0.998,
-                grid=(4, 64),
-                max_points=32,
-            ),
-        ),
-        "tiny": (
-            "1 to 2 minutes on 2 CPU cores, for trying things out",
-            replace(
-                DIGITS,
-                channels=32,
-                teacher_iterations=300,
-                student_iterations={1: 300, 2: 200},
-                samples=500,
-            ),
-        ),
-    },
-    "cifar10": {
-        "small": ("3.8 M parameters, for one GPU", CIFAR),
-        "base": ("35.5 M parameters, for one GPU", Config(channels=144, blocks=3, dropout=0.1)),
-        "tiny": (
-            "1.5 M parameters, images averaged down to 16x16; 45 minutes on 2 CPU cores",
-            TINY,
-        ),
-    },
-    "imagenet64": {
-        "base": (
-            "65.2 M parameters, for one GPU",
-            Config(
-                image_size=64,
-                channels=128,
-                multipliers=(1, 2, 3, 4),
-                attention=(16, 8),
-                dropout=0.1,
-                noise_scale=(0.5, 1),
-            ),
-        ),
-    },
-    "folder": {
-        "default": (
-            "depends on the image size; see the bars",
-            Config(image_size=64, multipliers=(1, 2, 2, 3), attention=(16, 8)),
-        ),
-        "small": (
-            "0.5 M parameters at 16x16; under an hour on 2 CPU cores",
-            replace(
-                TINY,
-                multipliers=(1, 2),
-                blocks=2,
-                student_iterations={1: 1200, 2: 900, 4: 700},
-                batch=128,
-                classifier_iterations=1000,
-            ),
-        ),
-    },
+DIGITS_LONG = replace(
+    DIGITS,
+    teacher_iterations=5000,
+    student_iterations={1: 3400, 2: 2550, 4: 2125, 8: 1912},
+    ema=0.998,
+    grid=(4, 64),
+    max_points=32,
+)
+DIGITS_TINY = replace(
+    DIGITS, channels=32, teacher_iterations=300, student_iterations={1: 300, 2: 200}, samples=500
+)
+IMAGENET = Config(
+    image_size=64,
+    channels=128,
+    multipliers=(1, 2, 3, 4),
+    attention=(16, 8),
+    dropout=0.1,
+    noise_scale=(0.5, 1),
+)
+FOLDER = Config(image_size=64, multipliers=(1, 2, 2, 3), attention=(16, 8))
+FOLDER_SMALL = replace(
+    TINY,
+    multipliers=(1, 2),
+    blocks=2,
+    student_iterations={1: 1200, 2: 900, 4: 700},
+    batch=128,
+    classifier_iterations=1000,
+)
+PRESETS: dict[tuple[str, str], tuple[str, Config]] = {
+    ("digits", "default"): ("5 to 10 minutes on 2 CPU cores", DIGITS),
+    ("digits", "long"): ("20 to 40 minutes on 2 CPU cores", DIGITS_LONG),
+    ("digits", "tiny"): ("1 to 2 minutes on 2 CPU cores, for trying things out", DIGITS_TINY),
+    ("cifar10", "small"): ("3.8 M parameters, for one GPU", CIFAR),
+    ("cifar10", "base"): (
+        "35.5 M parameters, for one GPU",
+        Config(channels=144, blocks=3, dropout=0.1),
+    ),
+    ("cifar10", "tiny"): (
+        "1.5 M parameters, images averaged down to 16x16; 45 minutes on 2 CPU cores",
+        TINY,
+    ),
+    ("imagenet64", "base"): ("65.2 M parameters, for one GPU", IMAGENET),
+    ("folder", "default"): ("depends on the image size; see the bars", FOLDER),
+    ("folder", "small"): ("0.5 M parameters at 16x16; under an hour on 2 CPU cores", FOLDER_SMALL),
 }
+"""(data, name) -> cost, values. The first of a data set is its default."""
 
 
 def parse(argv: list[str]) -> Config:
     """The command line: a preset, with what was given in its place. Raises InputError."""
     epilog = "presets (every value can be overridden by the option of the same name):\n"
-    for data, presets in PRESETS.items():
-        for name, (cost, config) in presets.items():
-            epilog += f"\n  --data {data} --preset {name}: {cost}\n    {values(config)}\n"
+    for (data, name), (cost, config) in PRESETS.items():
+        epilog += f"\n  --data {data} --preset {name}: {cost}\n    {shown_values(config)}\n"
     given = vars(options.parser(Config, "run_cifar.py", __doc__, epilog).parse_args(argv))
     data = given.setdefault("data", Config.data)
-    if data not in PRESETS:
-        raise mcm.InputError(f"unknown data set {data!r}: choose {', '.join(PRESETS)}")
-    preset = given.setdefault("preset", next(iter(PRESETS[data])))
-    if preset not in PRESETS[data]:
-        raise mcm.InputError(f"no preset {preset!r} for {data}: choose {', '.join(PRESETS[data])}")
+    presets = [preset for of, preset in PRESETS if of == data]
+    if not presets:
+        known = ", ".join(dict.fromkeys(of for of, _ in PRESETS))
+        raise mcm.InputError(f"unknown data set {data!r}: choose {known}")
+    preset = given.setdefault("preset", presets[0])
+    if preset not in presets:
+        raise mcm.InputError(f"no preset {preset!r} for {data}: choose {', '.join(presets)}")
     if given.get("features") == Path("inception"):
         given.setdefault("samples", FID_SAMPLES)
     if "sample" in given:
         given.setdefault("steps", ())  # those that the checkpoint was made for
         given.setdefault("out", given["sample"].parent)
     given.setdefault("out", Path("runs") / data)
-    return replace(PRESETS[data][preset][1], **given)
+    return replace(PRESETS[data, preset][1], **given)
 
 
-def values(config: Config) -> str:
+def shown_values(config: Config) -> str:
     """The preset values, in a line."""
-    shown = []
-    for name in PRESET_VALUES:
-        value = getattr(config, name)
-        shown.append(f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
-    return ", ".join(shown)
+    values = options.values(config, *PRESET_VALUES).items()
+    return ", ".join(
+        f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in values
+    )
 
 
 def introduce(config: Config) -> None:
     """Say what is going to be done."""
-    print(f"{config.data}, preset {config.preset}: {PRESETS[config.data][config.preset][0]}")
-    print("  " + values(config))
+    print(f"{config.data}, preset {config.preset}: {PRESETS[config.data, config.preset][0]}")
+    print("  " + shown_values(config))
     for K in config.steps:
         method = method_for(config, K)
         points = " to ".join(str(method.points_per_segment(p) * K) for p in (0, 1))
@@ -800,21 +714,13 @@ def introduce(config: Config) -> None:
         print(f"K = {K}: a grid of {points} points, {method.distance} distance, step by {step}")
 
 
-def recorded(config: Config) -> dict:
-    """What decides the figures, for results.json."""
-    names = [*PRESET_VALUES, "method", "guidance", "precision", "augment", "init"]
-    return {name: getattr(config, name) for name in names}
-
-
 def must_match(config: Config) -> dict:
-    """What a run that is resumed must have been begun with, as JSON gives it back."""
-    checked_elsewhere = ("student_iterations", "samples", "classifier_iterations")
-    names = [name for name in PRESET_VALUES if name not in checked_elsewhere]
-    values = {
-        k: getattr(config, k) for k in ("data", "seed", "guidance", "augment", "init", *names)
-    }
-    values["teacher"] = checkpoint.digest(config.teacher) if config.teacher else None
-    return json.loads(json.dumps(values))
+    """What a run that is resumed must have been begun with."""
+    checked_elsewhere = {"student_iterations", "samples", "classifier_iterations"}
+    names = ["data", "seed", "guidance", "augment", "init", *PRESET_VALUES]
+    teacher = checkpoint.digest(config.teacher) if config.teacher else None
+    same = options.values(config, *(name for name in names if name not in checked_elsewhere))
+    return same | {"teacher": teacher}
 
 
 def run(argv: list[str]) -> int:

@@ -30,10 +30,10 @@ from mcm.lab.data import captioned_folder, read_lines
 from mcm.lab.run import Training
 from mcm.latent import shapes
 from mcm.latent.distil import Distillation, distil
-from mcm.latent.recipes import RECIPES, Recipe, milestones
+from mcm.latent.recipes import MILESTONES, RECIPES, Recipe, milestones
 from mcm.latent.scheduler import MCMScheduler, re_noising_timesteps, uniform_timesteps
 from mcm.latent.scorer import CLIPReward, Scorer, train_scorer
-from mcm.latent.sdxl import LORA_FILE, SDXL, Condition, load_pipeline, unconditional
+from mcm.latent.sdxl import LORA_FILE, SDXL, load_pipeline, unconditional
 from mcm.latent.tiny_sdxl import train_tiny_sdxl
 
 
@@ -123,9 +123,8 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     config = parse(argv)
     device = options.pick_device(config.device)
-    print(
-        f"{', '.join(config.recipe)}; preset {preset_of(config)}: {PRESETS[preset_of(config)][0]}"
-    )
+    preset = preset_of(config)
+    print(f"{', '.join(config.recipe)}; preset {preset}: {PRESETS[preset][0]}")
     data = None if config.pretrained and config.data else load_data(config, config.image_size)
     if config.pretrained:  # before --out is claimed: it may not be there, or be something else
         bf16 = precision_of(config, device) == "bf16"
@@ -137,11 +136,11 @@ def main(argv: list[str]) -> None:
     if not config.pretrained:
         pipe = load_pipeline(str(source), torch.float32, device)
     reward, judge = make_scorers(config, data, source, device)
-    taught = time.perf_counter() - started
+    seconds = {"teacher": round(time.perf_counter() - started, 1), "students": {}}
 
     sdxl = SDXL(pipe, config.rank, checkpointing=config.checkpointing)
     job = prepare(config, data, sdxl)
-    evaluator = Evaluator(config, data, sdxl, reward, judge, source)
+    evaluator = Evaluator(config, data, sdxl, reward, judge, source.name)
     for part in (pipe.text_encoder, pipe.text_encoder_2):
         part.to("cpu")  # all texts are encoded now
     measure_teacher(config, evaluator)
@@ -149,16 +148,19 @@ def main(argv: list[str]) -> None:
         job.reward = reward
         job.reward_level = evaluator.score(evaluator.teacher_images()[:100]).mean().item()
 
-    seconds, drawn = {}, {}
+    drawn = {}
     for student in students_of(config, reward is not None):
-        seconds[student.name] = train_student(config, job, student, source)
+        seconds["students"][student.name] = train_student(config, job, student, source)
         measure_student(config, evaluator, student)
         drawn |= draw_student(config, evaluator, student)
         forget(config, sdxl, student)
-    if len(seconds) > 1:
-        draw_side_by_side(evaluator, drawn, config.out / "students.png")
-    where = options.provenance("run_latent.py", argv, device, PACKAGES)
-    report(config, where, evaluator, seconds, taught, started)
+    if len(seconds["students"]) > 1:
+        # every student in 4 steps, 2 and 1, the same captions and noise
+        chosen = [key for wanted in (4, 2, 1) for key in drawn if key[1] == wanted] or drawn
+        draw_rows(evaluator, {key: drawn[key] for key in chosen}, config.out / "students.png")
+    seconds["evaluation"] = round(evaluator.rows.seconds, 1)
+    seconds["total"] = round(time.perf_counter() - started, 1)
+    report(config, options.provenance("run_latent.py", argv, device, PACKAGES), evaluator, seconds)
 
 
 PACKAGES = ["mcm", "torch", "diffusers", "transformers"]
@@ -173,14 +175,12 @@ class Student:
     recipe: Recipe
     K: int | None
 
+    @property
+    def sampler(self) -> str:
+        return "renoise" if self.recipe.renoise else "ddim"
+
     def steps(self, config: Config) -> list[int]:
         return sorted(config.steps if self.K is None else [self.K], reverse=True)
-
-    def sampler(self, steps: int) -> dict:
-        """What `mcm.sample` is given."""
-        if self.recipe.renoise:
-            return {"times": milestones(steps), "solver": mcm.renoise}
-        return {"steps": steps, "solver": mcm.ddim}
 
     def weights(self, config: Config) -> Path:
         file = "unet/diffusion_pytorch_model.safetensors" if config.full else LORA_FILE
@@ -221,19 +221,15 @@ def train_student(config: Config, job: Distillation, student: Student, source: P
     if iterations is None:
         whole = 1000 * config.evaluations / (config.batch * recipe.evaluations())
         iterations = max(len(recipe.phases), round(whole))
-    settings = replace(
-        training(config, iterations, config.batch, config.lr, config.seed),
-        ema=config.ema,
-        accumulate=config.accumulate,
-        precision=precision_of(config, job.sdxl.device),
-    )
-    job = replace(job, settings=settings, name=student.name)
-    seconds = distil(job, recipe)
+    more = options.values(config, "seed", "ema", "accumulate")
+    more["precision"] = precision_of(config, job.sdxl.device)
+    settings = training(config, iterations, config.batch, config.lr, **more)
+    seconds = distil(replace(job, settings=settings, name=student.name), recipe)
     job.sdxl.save(out)
     table = re_noising_timesteps() if recipe.renoise else uniform_timesteps([student.K])
     scheduler = MCMScheduler.like(job.sdxl.pipe.scheduler, table)
     scheduler.save_pretrained(out)
-    card = model_card(config, student, source, sorted(scheduler.table), iterations)
+    card = model_card(config, student, source, iterations)
     checkpoint.write(out / "README.md", card)
     checkpoint.write(finished, json.dumps({"seconds": round(seconds, 1)}))
     return seconds
@@ -252,18 +248,15 @@ def precision_of(config: Config, device: torch.device) -> str:
     return config.precision or by_itself
 
 
-def training(
-    config: Config, iterations: int, batch: int, lr: float, seed: int = 0, clip: float = 1.0
-) -> Training:
+def training(config: Config, iterations: int, batch: int, lr: float, **more) -> Training:
     return Training(
         iterations=iterations,
         batch=batch,
         lr=lr,
         warmup=min(100, iterations // 10 + 1),
-        clip=clip,
-        seed=seed,
         log_every=min(100, max(5, iterations // 40)),
         save_every=config.save_every,
+        **more,
     )
 
 
@@ -287,30 +280,31 @@ class CaptionedImages:
 
 
 def load_data(config: Config, image_size: int) -> CaptionedImages:
+    if not config.data and not config.prompts:
+        return drawn_shapes(config)
     if config.data:
         # what does not fit into memory is kept beside the results
         folder = config.out.parent if config.pretrained else None
         prompts, images = captioned_folder(config.data, image_size, folder)
-        n = len(prompts) // 10
-        if n < 128:
-            raise mcm.InputError(
-                f"{config.data} has {len(prompts)} captioned images; at least 1,280 are needed, to "
-                "hold a tenth out for measuring"
-            )
-        asked = prompts[:n][: config.samples]
-        return CaptionedImages(config.data.name, prompts[n:], images[n:], asked, images[:n])
-    if config.prompts:
+        least = 128  # to measure a distribution
+    else:
         prompts = [line for _, line in read_lines(config.prompts)]
-        if not prompts:
-            raise mcm.InputError(f"{config.prompts} has no prompts: write one per line")
-        n = len(prompts) // 10
-        if n < 1:
-            raise mcm.InputError(
-                f"{config.prompts} has {len(prompts)} prompts; at least 10 are needed, to hold a "
-                "tenth out for measuring"
-            )
+        images = None
+        least = 1
+    n = len(prompts) // 10
+    if n < least:
+        raise mcm.InputError(
+            f"{config.data or config.prompts} has {len(prompts)} captions; at least {10 * least:,} "
+            "are needed, to hold a tenth out for measuring"
+        )
+    if images is None:
         asked = [prompts[:n][i % n] for i in range(config.samples)]
         return CaptionedImages(config.prompts.stem, prompts[n:], None, asked, None)
+    asked = prompts[:n][: config.samples]
+    return CaptionedImages(config.data.name, prompts[n:], images[n:], asked, images[:n])
+
+
+def drawn_shapes(config: Config) -> CaptionedImages:
     train, held = shapes.split_scenes()
     pool = shapes.choose(train, config.pictures, 0)
     scenes = shapes.choose(held, config.samples, 1)
@@ -355,7 +349,7 @@ def make_scorers(
     scorers = {}
     for seed, (name, part) in enumerate(parts.items(), 1):
         if name == "reward" or not data.scenes:
-            settings = training(config, config.scorer_iterations, 96, 2e-3, seed)
+            settings = training(config, config.scorer_iterations, 96, 2e-3, seed=seed)
             path = folder.parent / f"{folder.name}-{name}-{config.scorer_iterations}.safetensors"
             images = small[part].to(device)
             scorers[name] = train_scorer(images, data.prompts[part], settings, path)
@@ -378,78 +372,57 @@ def prepare(config: Config, data: CaptionedImages, sdxl: SDXL) -> Distillation:
     latents = None
     if needed and data.images is not None:
         latents = sdxl.to_latents(data.images, scratch)
-    return Distillation(
-        sdxl=sdxl,
-        prompts=data.prompts,
-        cond=cond,
-        latents=latents,
-        settings=Training(1),
-        out=config.out,
-        name="",
-        guidance=config.guidance_range or config.guidance,
-        full=config.full,
-        resume=config.resume,
-    )
+    w = config.guidance_range or config.guidance
+    same = options.values(config, "out", "full", "resume")
+    return Distillation(sdxl, data.prompts, cond, latents, Training(1), name="", guidance=w, **same)
 
 
 # --- what is drawn and measured -------------------------------------------------------------------
 
 
+@dataclass
 class Evaluator:
     """Draws and measures images of the held-out prompts, and keeps the rows of the table."""
 
-    def __init__(
-        self,
-        config: Config,
-        data: CaptionedImages,
-        sdxl: SDXL,
-        reward: nn.Module | None,
-        judge: Scorer | None,
-        source: Path,
-    ):
-        self.config = config
-        self.data = data
-        self.sdxl = sdxl
-        self.reward = reward
-        self.judge = judge
-        self.cond = sdxl.encode(data.asked)
-        shape = (len(data.asked), sdxl.channels, sdxl.size, sdxl.size)
+    config: Config
+    data: CaptionedImages
+    sdxl: SDXL
+    reward: nn.Module | None
+    judge: Scorer | None
+    pipeline: str
+    reference: tuple[Tensor, float] | None = None
+    """The teacher's images in 25 steps, and the seconds for one."""
+    real: Tensor | None = None
+    """Features of the held-out images."""
+
+    def __post_init__(self):
+        config, sdxl = self.config, self.sdxl
+        self.cond = sdxl.encode(self.data.asked)
+        if config.guidance_range:  # a student that takes the guidance is told it
+            omega = torch.full((len(self.data.asked),), config.guidance - 1.0)
+            self.cond = self.cond._replace(omega=omega)
+        shape = (len(self.data.asked), sdxl.channels, sdxl.size, sdxl.size)
         generator = torch.Generator().manual_seed(config.seed + 1_000_000)
         self.z = torch.randn(shape, generator=generator)
-        self.about = {
-            "samples": config.samples,
-            "seed": config.seed,
-            "guidance": config.guidance,
-            "pipeline": source.name,
-        }
+        self.about = options.values(config, "samples", "seed", "guidance")
+        self.about["pipeline"] = self.pipeline
         self.rows = evaluation.Rows(config.out, self.about, config.resume)
-        self.reference: tuple[Tensor, float] | None = None
-        self.real = None
-        if data.real is not None:
-            latents = sdxl.to_latents(data.real)
+        self.at_once = 64 if sdxl.size <= 16 else 1  # images through the networks together
+        if self.data.real is not None:
+            latents = sdxl.to_latents(self.data.real)
             self.components = metrics.principal_components(latents)
             self.real = self.components(latents)
 
-    def sample(self, model: nn.Module, cond: Condition, n: int, label: str, **sampler) -> Tensor:
+    def sample(self, model: nn.Module, n: int, sampler: str, steps: int, label: str = "") -> Tensor:
         """-> n latents, on the CPU. The same noise and random numbers for all rows."""
-        generator = torch.Generator(self.sdxl.device).manual_seed(self.config.seed)
-        part = slice(0, n)
-        return evaluation.generate(
-            model,
-            self.z[part],
-            select(cond, part),
-            self.sdxl.device,
-            chunk=self.at_once,
-            precision="bf16" if self.sdxl.unet.dtype == torch.bfloat16 else "fp32",
-            label=label,
-            generator=generator,
-            **sampler,
-        )
-
-    @property
-    def at_once(self) -> int:
-        """How many images go through the networks together."""
-        return 64 if self.sdxl.size <= 16 else 1
+        how = {"times": milestones(steps), "solver": mcm.renoise}
+        if sampler == "ddim":
+            how = {"steps": steps}
+        how["precision"] = "bf16" if self.sdxl.unet.dtype == torch.bfloat16 else "fp32"
+        how["generator"] = torch.Generator(self.sdxl.device).manual_seed(self.config.seed)
+        cond = select(self.cond, slice(0, n))
+        where = (self.sdxl.device, self.at_once)
+        return evaluation.generate(model, self.z[:n], cond, *where, label=label, **how)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -464,58 +437,44 @@ class Evaluator:
         """Its 25 steps. The latents are kept in teacher.safetensors: on SDXL that saves minutes."""
         if self.reference is None:
             file = self.config.out / "teacher.safetensors"
-            tensors, kept = {}, {}
+            kept = {}
             if self.config.resume and file.is_file():
                 tensors, kept = checkpoint.read_safetensors(file)
             began = time.perf_counter()
             if kept.get("about") == self.about:
-                latents = tensors["latents"]
-                images = self.decode(latents)
-                seconds = kept["seconds"]
+                self.reference = self.decode(tensors["latents"]), kept["seconds"]
             else:
-                n = len(self.z)
-                label = "teacher, 25 steps"
-                latents = self.sample(self.teacher(), self.cond, n, label, steps=25)
+                latents = self.sample(self.teacher(), len(self.z), "ddim", 25, "teacher, 25 steps")
                 images = self.decode(latents)
-                seconds = (time.perf_counter() - began) / n
+                seconds = (time.perf_counter() - began) / len(self.z)
+                self.reference = images, seconds
                 metadata = {"about": self.about, "seconds": seconds}
                 checkpoint.write_safetensors(file, {"latents": latents}, metadata)
-            self.reference = images, seconds
         return self.reference[0]
 
-    def measure(
-        self,
-        key: str,
-        weights: Path | None,
-        row: dict,
-        model: nn.Module,
-        cond: Condition,
-        **sampler,
-    ) -> None:
-        """One row, unless it is there for the same weights."""
+    def measure(self, row: dict, model: nn.Module, weights: Path | None = None) -> None:
+        """The figures of one row, unless they are there for the same weights."""
+        sampler, steps = row["sampler"], row["steps"]
+        key = f"{row.get('recipe', row['model'])} {sampler} {steps}"
         if self.rows.holds(key):
             return
         target = self.teacher_images()
         began = time.perf_counter()
-        if key == "teacher ddim 25":
-            images, seconds = self.reference
-        else:
-            images = self.decode(self.sample(model, cond, len(self.z), key, **sampler))
+        images, seconds = self.reference
+        if key != "teacher ddim 25":
+            images = self.decode(self.sample(model, len(self.z), sampler, steps, key))
             seconds = (time.perf_counter() - began) / len(self.z)
         row = row | self.figures(images, target) | {"seconds_per_image": seconds}
         self.rows.add(key, weights, row, time.perf_counter() - began)
-        print(evaluation.row_line(row, COLUMNS))
+        print(evaluation.row_line(row))
 
     @torch.no_grad()
     def score(self, images: Tensor) -> Tensor:
         """The reward of images of the first prompts, (n,)."""
-        parts = range(0, len(images), 100)
-        scores = [
-            self.reward(
-                images[i : i + 100].to(self.sdxl.device), self.data.asked[i : i + 100]
-            ).cpu()
-            for i in parts
-        ]
+        scores = []
+        for i in range(0, len(images), 100):
+            part = images[i : i + 100].to(self.sdxl.device)
+            scores.append(self.reward(part, self.data.asked[i : i + len(part)]).cpu())
         return torch.cat(scores)
 
     def figures(self, images: Tensor, target: Tensor) -> dict:
@@ -547,6 +506,11 @@ def retrieval(judge: Scorer, images: Tensor, prompts: list[str], among: int = 32
     return sum(right) / len(right)
 
 
+def row_of(model: str, sampler: str, steps: int, cost: int = 1, **more) -> dict:
+    """What a row of the table is about. cost: network evaluations per step."""
+    return {"model": model, **more, "sampler": sampler, "steps": steps, "nfe": cost * steps}
+
+
 def measure_teacher(config: Config, evaluator: Evaluator) -> None:
     """The teacher in 25 and fewer steps, and the rows that every student must beat.
 
@@ -555,69 +519,39 @@ def measure_teacher(config: Config, evaluator: Evaluator) -> None:
     plain = evaluator.sdxl.denoiser()
     teacher = evaluator.teacher()
     for steps in sorted({25, *config.steps}, reverse=True):
-        row = {"model": "teacher", "sampler": "ddim", "steps": steps, "nfe": 2 * steps}
-        key = f"teacher ddim {steps}"
-        evaluator.measure(key, None, row, teacher, evaluator.cond, steps=steps)
+        evaluator.measure(row_of("teacher", "ddim", steps, 2), teacher)
     renoise = {RECIPES[name](1).renoise for name in config.recipe}
     for steps in sorted(config.steps, reverse=True):
         if True in renoise:
-            sampler = {"times": milestones(steps), "solver": mcm.renoise}
-            for name, model, cost in (
-                ("undistilled", plain, 1),
-                ("undistilled, guided", teacher, 2),
-            ):
-                row = {"model": name, "sampler": "renoise", "steps": steps, "nfe": cost * steps}
-                key = f"{name} renoise {steps}"
-                evaluator.measure(key, None, row, model, evaluator.cond, **sampler)
+            evaluator.measure(row_of("undistilled", "renoise", steps), plain)
+            evaluator.measure(row_of("undistilled, guided", "renoise", steps, 2), teacher)
         if False in renoise:  # with guidance this is the teacher's own row
-            row = {"model": "undistilled", "sampler": "ddim", "steps": steps, "nfe": steps}
-            key = f"undistilled ddim {steps}"
-            evaluator.measure(key, None, row, plain, evaluator.cond, steps=steps)
-
-
-def told(config: Config, evaluator: Evaluator) -> Condition:
-    """The held-out conditions, with the guidance where a student takes it."""
-    cond = evaluator.cond
-    if config.guidance_range is None:
-        return cond
-    return cond._replace(omega=torch.full((len(cond.states),), config.guidance - 1.0))
+            evaluator.measure(row_of("undistilled", "ddim", steps), plain)
 
 
 def measure_student(config: Config, evaluator: Evaluator, student: Student) -> None:
     model = evaluator.sdxl.denoiser("average")
     for steps in student.steps(config):
-        row = {
-            "model": "student",
-            "recipe": student.name,
-            "sampler": "renoise" if student.recipe.renoise else "ddim",
-            "steps": steps,
-            "nfe": steps,
-        }
-        key = f"{student.name} {steps}"
-        weights = student.weights(config)
-        cond = told(config, evaluator)
-        evaluator.measure(key, weights, row, model, cond, **student.sampler(steps))
+        row = row_of("student", student.sampler, steps, recipe=student.name)
+        evaluator.measure(row, model, student.weights(config))
 
 
-def draw_student(
-    config: Config, evaluator: Evaluator, student: Student
-) -> dict[tuple[str, int], Tensor]:
-    """NAME.png: the teacher's 25 steps, then the student's, the same captions and noise.
+Drawn = dict[tuple[str, int], Tensor]  # (name, steps) -> images
 
-    -> the images by (name, steps).
-    """
+
+def draw_student(config: Config, evaluator: Evaluator, student: Student) -> Drawn:
+    """NAME.png: the teacher's 25 steps, then the student's, the same captions and noise."""
     n = min(10, len(evaluator.data.asked))
     model = evaluator.sdxl.denoiser("average")
-    cond = told(config, evaluator)
     drawn = {}
     for steps in student.steps(config):
-        latents = evaluator.sample(model, cond, n, "", **student.sampler(steps))
+        latents = evaluator.sample(model, n, student.sampler, steps)
         drawn[student.name, steps] = evaluator.decode(latents)
     draw_rows(evaluator, drawn, config.out / f"{student.name}.png")
     return drawn
 
 
-def draw_rows(evaluator: Evaluator, drawn: dict[tuple[str, int], Tensor], path: Path) -> None:
+def draw_rows(evaluator: Evaluator, drawn: Drawn, path: Path) -> None:
     n = len(next(iter(drawn.values())))
     rows = {"teacher, 25 steps": evaluator.teacher_images()[:n]}
     for (name, steps), images in drawn.items():
@@ -625,26 +559,15 @@ def draw_rows(evaluator: Evaluator, drawn: dict[tuple[str, int], Tensor], path: 
     plots.sample_rows(rows, path, columns=evaluator.data.asked[:n])
 
 
-def draw_side_by_side(
-    evaluator: Evaluator, drawn: dict[tuple[str, int], Tensor], path: Path
-) -> None:
-    """students.png: every student in 4 steps, 2 and 1, the same captions and noise."""
-    chosen = [key for wanted in (4, 2, 1) for key in drawn if key[1] == wanted]
-    draw_rows(evaluator, {key: drawn[key] for key in chosen} or drawn, path)
-
-
-def model_card(
-    config: Config, student: Student, source: Path, steps: list[int], iterations: int
-) -> str:
+def model_card(config: Config, student: Student, source: Path, iterations: int) -> str:
     out = config.out / student.name
     recipe = student.recipe
+    steps = [student.K] if student.K else sorted(MILESTONES)
+    imports = "from diffusers import StableDiffusionXLPipeline"
+    load = f'pipe.load_lora_weights("{out}")'
     if config.full:
-        imports = "from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel"
-        load = f'UNet2DConditionModel.from_pretrained("{out}/unet").to(pipe.device)'
-        load = f"pipe.unet = {load}"
-    else:
-        imports = "from diffusers import StableDiffusionXLPipeline"
-        load = f'pipe.load_lora_weights("{out}")'
+        imports += ", UNet2DConditionModel"
+        load = f'pipe.unet = UNet2DConditionModel.from_pretrained("{out}/unet").to(pipe.device)'
     source_name = config.pretrained or source
     guidance = config.guidance if config.guidance_range else 0
     return f"""# {student.recipe_name} student of {source.name}
@@ -676,46 +599,23 @@ Rank {config.rank}, alpha {config.rank}; seed {config.seed}; {iterations} iterat
 """
 
 
-COLUMNS = {
-    "frechet": ("Fréchet", 3),
-    "coverage": ("coverage", 3),
-    "precision": ("precision", 3),
-    "recall": ("recall", 3),
-    "alignment": ("alignment", 3),
-    "reward": ("reward", 2),
-    "rmse_to_teacher": ("RMSE to teacher", 3),
-    "seconds_per_image": ("s/image", 4),
-}
-
-
-def table(results: dict) -> str:
-    """results.md, and what is printed."""
+def head(results: dict) -> list[str]:
+    """What stands above the table."""
     metric = results["metric"]
-    head = [
-        f"{results['data']}, seed {results['seed']}: {metric['n_generated']:,} held-out prompts."
-    ]
+    asked = f"{metric['n_generated']:,} held-out prompts"
+    lines = [f"{results['data']}, seed {results['seed']}: {asked}."]
     if metric["n_reference"]:
-        head += [
+        lines += [
             f"Fréchet distance, coverage, precision and recall in {metric['dim']} features: "
             f"{metric['features']};",
             f"against {metric['n_reference']:,} held-out images (not FID; two halves of those: "
             f"{metric['floor']:.3f}). Alignment: {metric['alignment']}.",
         ]
-    head.append(
-        "Undistilled: the teacher's own weights in the students' sampler. NFE: network evaluations "
-        "per image."
-    )
-    return evaluation.table(results, COLUMNS, head)
+    undistilled = "Undistilled: the teacher's own weights in the students' sampler."
+    return [*lines, f"{undistilled} NFE: network evaluations per image."]
 
 
-def report(
-    config: Config,
-    where: dict,
-    evaluator: Evaluator,
-    seconds: dict[str, float],
-    taught: float,
-    started: float,
-) -> None:
+def report(config: Config, where: dict, evaluator: Evaluator, seconds: dict) -> None:
     """Write and print what was found."""
     data = evaluator.data
     real = evaluator.real
@@ -724,14 +624,11 @@ def report(
         alignment = "images that an exact reader finds to show all that the caption says"
     recipes = {}
     for student in students_of(config, evaluator.reward is not None):
-        cost = student.recipe.evaluations()
-        recipes[student.name] = dataclasses.asdict(student.recipe) | {
-            "evaluations_per_sample": cost
-        }
-    names = [*PRESET_VALUES, "guidance_range", "full", "precision"]
+        recipes[student.name] = dataclasses.asdict(student.recipe)
+        recipes[student.name]["evaluations_per_sample"] = student.recipe.evaluations()
     results = {
         "data": data.name,
-        "pipeline": evaluator.about["pipeline"],
+        "pipeline": evaluator.pipeline,
         "seed": config.seed,
         **where,
         "metric": {
@@ -746,21 +643,12 @@ def report(
             "floor": None if real is None else metrics.frechet(real[::2], real[1::2]),
         },
         "rows": evaluator.rows.all(),
-        "seconds": {
-            "teacher": round(taught, 1),
-            "students": seconds,
-            "evaluation": round(evaluator.rows.seconds, 1),
-            "total": round(time.perf_counter() - started, 1),
-        },
-        "settings": {name: getattr(config, name) for name in names},
+        "seconds": seconds,
+        "settings": options.values(config, *PRESET_VALUES, "guidance_range", "full", "precision"),
         "recipes": recipes,
     }
-    evaluation.report(config.out, results, table(results), draw_quality=data.real is not None)
-    print(
-        f"{config.out}: results.json, results.md, pictures, and a folder with a model card for "
-        f"each "
-        "student"
-    )
+    evaluation.report(config.out, results, head(results))
+    print(f"{config.out}: results.json, results.md, pictures, each student's folder and model card")
 
 
 # --- the configuration ----------------------------------------------------------------------------
@@ -781,29 +669,21 @@ def check(config: Config) -> None:
         raise mcm.InputError(f"--steps {shown} must be positive and each named once")
     recipes = {name: RECIPES[name](4) for name in config.recipe}
     if max(config.steps) > 8 and any(recipe.renoise for recipe in recipes.values()):
-        raise mcm.InputError(
-            f"--steps {max(config.steps)}: the timesteps of re-noising students are tabulated for "
-            "1 to 8 steps"
-        )
+        raise mcm.InputError("--steps: the timesteps of re-noising are those for 1 to 8 steps")
     positive = ("pictures", "vae_iterations", "teacher_iterations", "scorer_iterations", "batch")
     positive += ("lr", "rank", "samples", "accumulate", "save_every", "image_size")
     options.check_positive(config, (*positive, "iterations", "evaluations"))
     options.check_range(config, ema=(0, 1), seed=(0, 2**31))
     if config.batch % config.accumulate:
-        raise mcm.InputError(
-            f"--batch {config.batch} cannot be cut into {config.accumulate} equal parts"
-        )
+        raise mcm.InputError(f"--batch {config.batch} is no multiple of --accumulate")
     part = config.batch // config.accumulate
     runs = any(p.states == "teacher" for recipe in recipes.values() for p in recipe.phases)
     if config.share_run and runs and part % 8:
         raise mcm.InputError(
-            f"--share-run needs parts of a multiple of 8 samples, not {part}: change --batch, or "
-            "use --no-share-run"
+            f"--share-run needs multiples of 8 samples, not {part}: see --batch, --no-share-run"
         )
     if config.samples < 128:
-        raise mcm.InputError(
-            f"--samples {config.samples} is too few to measure a distribution: use at least 128"
-        )
+        raise mcm.InputError(f"--samples {config.samples} is too few: use at least 128")
     if config.guidance_range and not config.full:
         raise mcm.InputError("--guidance-range needs --full: a LoRA has no input for the guidance")
 
@@ -812,19 +692,15 @@ def check_sources(config: Config) -> None:
     """Whether there is something to learn from."""
     if config.prompts and not config.pretrained:
         raise mcm.InputError(
-            "--prompts goes with --pretrained: a tiny pipeline knows only the words of its own "
-            "captions"
+            "--prompts goes with --pretrained: a tiny pipeline knows its own captions' words only"
         )
     if config.prompts and config.data:
-        raise mcm.InputError(
-            "--prompts and --data: the images have captions of their own, so give one of the two"
-        )
+        raise mcm.InputError("--prompts and --data: images have captions, so give one of the two")
     imageless = config.pretrained and not config.data
     needing = [name for name in config.recipe if RECIPES[name](4).needs_images]
     if imageless and needing:
         raise mcm.InputError(
-            f"{', '.join(needing)} learn from images: add captioned images by --data, or choose "
-            "mlcm or tlcm, which need prompts alone"
+            f"{', '.join(needing)} learn from images: give --data, or choose mlcm or tlcm"
         )
     if imageless and not config.prompts:
         raise mcm.InputError(
@@ -887,14 +763,14 @@ def parse(argv: list[str]) -> Config:
 
 
 def must_match(config: Config) -> dict:
-    """What a run that is resumed must have been begun with, as JSON gives it back."""
+    """What a run that is resumed must have been begun with."""
     names = [name for name in PRESET_VALUES if name != "samples"]
-    values = {name: getattr(config, name) for name in ("seed", "full", "clip", "guidance_range")}
-    values["pretrained"] = config.pretrained and Path(config.pretrained).name
-    values["data"] = config.data and config.data.name
-    values["prompts"] = config.prompts and checkpoint.digest(config.prompts)
-    values["pipeline"] = config.pipeline and config.pipeline.name
-    return json.loads(json.dumps(values | {name: getattr(config, name) for name in names}))
+    same = options.values(config, "seed", "full", "clip", "guidance_range", *names)
+    same["pretrained"] = config.pretrained and Path(config.pretrained).name
+    same["data"] = config.data and config.data.name
+    same["prompts"] = config.prompts and checkpoint.digest(config.prompts)
+    same["pipeline"] = config.pipeline and config.pipeline.name
+    return same
 
 
 def run(argv: list[str]) -> int:

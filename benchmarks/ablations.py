@@ -2,9 +2,10 @@
 """The papers' main ablations, from one teacher at equal network evaluations: run_latent.py with a
 few more recipes.
 
-    python benchmarks/ablations.py progressive states               the groups that are named, of
-    those below, or all python benchmarks/ablations.py scott --out runs/scott --seed 1  whatever
-    run_latent.py takes may follow
+    python benchmarks/ablations.py progressive states
+        the groups that are named, of those below, or all
+    python benchmarks/ablations.py scott --out runs/scott --seed 1
+        whatever run_latent.py takes may follow
 
 Results, pictures and students are those of run_latent.py, in --out (default: runs/ablations).
 Without a group, all are listed, each with what its paper found.

@@ -2,8 +2,10 @@
 """How cost grows with parameters, resolution, batch and sampling steps: a table and one picture,
 under 3 minutes on one CPU thread.
 
-    python benchmarks/costs.py --out results/speed python benchmarks/costs.py --out results/speed
-    --compile            on a GPU (bf16): larger networks and batches, and peak memory
+    python benchmarks/costs.py --out results/speed
+    python benchmarks/costs.py --out results/speed --compile
+
+On a GPU: in bf16, larger networks and batches, and peak memory too.
 
 The network is that of CIFAR-10's presets small and tiny: 1, 2 and 4 times its first width, one
 block a level, attention in the second. A training step is the v-loss, its gradient, clipping and

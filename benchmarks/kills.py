@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Kill a run at random moments: does what it ends with depend on it? A few minutes on one CPU core.
 
-    python benchmarks/kills.py [KILLS] [OPTIONS OF run_cifar.py, for another run]        (default:
-    30)
+    python benchmarks/kills.py [KILLS, default 30] [OPTIONS OF run_cifar.py, for another run]
 
 A small digits run (classifier, teacher, two students, evaluation) is made once undisturbed. Then it
 is made again KILLS times, each time killed (SIGKILL) at a random moment and resumed, every third

@@ -2,12 +2,14 @@
 """The questions that a reader of the paper asks, one run each, from the same teacher: run_cifar.py
 again and again, and one table.
 
-    python benchmarks/questions.py --data digits                                             about
-    an hour on one CPU core python benchmarks/questions.py --data cifar10 --preset tiny
-    --student-iterations 500     2 to 3 hours on one CPU core python benchmarks/questions.py --data
-    cifar10 --preset base                              for a GPU python benchmarks/questions.py
-    --table runs/questions-digits-0 runs/questions-digits-1   only the tables, over seeds and data
-    sets
+    python benchmarks/questions.py --data digits
+        about an hour on one CPU core
+    python benchmarks/questions.py --data cifar10 --preset tiny --student-iterations 500
+        2 to 3 hours on one CPU core
+    python benchmarks/questions.py --data cifar10 --preset base
+        for a GPU
+    python benchmarks/questions.py --table runs/questions-digits-0 runs/questions-digits-1
+        only the tables, over seeds and data sets
 
 Whatever run_cifar.py takes may follow. Each variant has a folder in --out (default:
 runs/questions-DATA-SEED); what is there is not repeated, so the same command goes on after an

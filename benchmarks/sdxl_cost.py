@@ -2,9 +2,10 @@
 """What distilling SDXL costs: seconds per training step and peak memory of each recipe, on a UNet
 of SDXL-base's size with random weights (no download).
 
-python benchmarks/sdxl_cost.py --out results/sdxl_cost.json                 on a GPU, 1024x1024,
-bf16 python benchmarks/sdxl_cost.py --size tiny --out cost.json                  anywhere, to see
-that it works
+    python benchmarks/sdxl_cost.py --out results/sdxl_cost.json
+        on a GPU, 1024x1024, bf16
+    python benchmarks/sdxl_cost.py --size tiny --out cost.json
+        anywhere, to see that it works
 """
 
 import argparse

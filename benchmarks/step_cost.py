@@ -6,8 +6,7 @@
 
 By counting network passes (a backward pass costs two forward ones): teacher 3, consistency training
 4, distillation 5, so 4/3 and 5/3. A step here is the loss, its gradient and the optimiser. The
-three are timed in turn, many times over, and
-compared repeat by repeat: machines drift.
+three are timed in turn, many times over, and compared repeat by repeat: machines drift.
 """
 
 import argparse

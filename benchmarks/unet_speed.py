@@ -2,21 +2,22 @@
 """This UNet beside three others of equal size: images per second in training and in a forward pass,
 and what they learn from equal images.
 
-    pip install -r requirements-benchmarks.txt python benchmarks/unet_speed.py
-    1.7 M parameters, one CPU thread, under 3 minutes python benchmarks/unet_speed.py --parameters
-    35e6 --batch 256    on a GPU: bf16 and channels_last for all of them python
-    benchmarks/unet_speed.py --learn 2000 --size 16           train each on CIFAR-10 (--data-dir) at
-    16x16: 40 minutes on one CPU thread
+    pip install -r requirements-benchmarks.txt
+    python benchmarks/unet_speed.py
+        1.7 M parameters, one CPU thread, under 3 minutes
+    python benchmarks/unet_speed.py --parameters 35e6 --batch 256
+        on a GPU: bf16 and channels_last for all of them
+    python benchmarks/unet_speed.py --learn 2000 --size 16
+        train each on CIFAR-10 (--data-dir) at 16x16: 40 minutes on one CPU thread
 
 All but the last two have three levels of 1, 2 and 2 times their first width and attention in the
 second (denoising-diffusion-pytorch: linear attention elsewhere, which it cannot do without), no
 dropout, no classes, on RGB; widths, and 1 to 3 residual blocks a level where there is a choice, are
 those that come nearest in parameters. "mcm, 1 2 3" and "mcm, 1 2 4" are this UNet with one block a
-level, wider
-where there are few pixels: the first with attention in the lower two levels, the second as in the
-small presets. A training step is forward, squared error, backward, clipping and fused AdamW. They
-are timed in turn, many times over, and compared repeat by repeat: machines drift. --learn trains
-each alone, from the same batches, times and noise, on the v-loss.
+level, wider where there are few pixels: the first with attention in the lower two levels, the
+second as in the small presets. A training step is forward, squared error, backward, clipping and
+fused AdamW. They are timed in turn, many times over, and compared repeat by repeat: machines drift.
+--learn trains each alone, from the same batches, times and noise, on the v-loss.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Make the weights that notebooks 4 and 5 load, in half precision: about an hour on 2 CPU cores. In
 the repository's folder:
 
-    python -m tutorials.make_weights            all of them python -m tutorials.make_weights digits
-    weights/digits: a teacher and students of 1, 2, 4, 8 steps python -m tutorials.make_weights
-    latent     weights/latent: a pipeline, and its students by MLCM and TLCM
+    python -m tutorials.make_weights           all of them
+    python -m tutorials.make_weights digits    a teacher and students of 1, 2, 4, 8 steps
+    python -m tutorials.make_weights latent    a pipeline, and its students by MLCM and TLCM
 
 What is finished is kept in runs/tutorials; run it again to go on after an interruption.
 """

@@ -48,8 +48,7 @@ def write_safetensors(
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise InputError(
-            f"{path} could not be written ({error}). What was saved before is intact: make room, "
-            "and continue with --resume."
+            f"{path} could not be written ({error}): make room, and continue with --resume"
         ) from None
 
 
@@ -75,9 +74,8 @@ def read_header(path: str | Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
         raise
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{path}: not a readable checkpoint ({error}). It is truncated, or another format; "
-            "pickles (.pt, .ckpt) are never loaded, since they can run code. Use a .safetensors "
-            "file written by mcm.save."
+            f"{path}: not a readable checkpoint ({error}): truncated, or another format. Use a "
+            "file written by mcm.save; pickles (.pt, .ckpt) are not loaded, as they can run code"
         ) from None
 
 
@@ -116,8 +114,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     metadata, shapes = read_header(path)
     if "network" not in metadata:
         raise InputError(
-            f"{path}: a file of ours, but not a model: training state and feature classifiers "
-            "cannot be sampled"
+            f"{path}: a file of ours, but a training state or feature classifier, not a model"
         )
     try:
         check_size(metadata, shapes)
@@ -143,10 +140,9 @@ def check_size(metadata: dict, shapes: dict[str, tuple[int, ...]]) -> None:
     """
     network = metadata["network"]
     steps = metadata["student_steps"]
-    if len(network["multipliers"]) * network["blocks"] > len(shapes):
-        raise ValueError(
-            f"{network['blocks']} blocks in each of {len(network['multipliers'])} levels"
-        )
+    levels, blocks = len(network["multipliers"]), network["blocks"]
+    if levels * blocks > len(shapes):
+        raise ValueError(f"{blocks} blocks in each of {levels} levels")
     if not 0 < network["image_size"] <= 4096 or steps is not None and not 0 < steps <= 100_000:
         raise ValueError(f"image size {network['image_size']}, student steps {steps}")
     with torch.device("meta"):
@@ -165,21 +161,27 @@ def digest(path: Path) -> str:
     return total.hexdigest()[:12]
 
 
+def make_folder(folder: Path, option: str) -> None:
+    """Raises InputError, naming the option, if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise InputError(
+            f"{option} {folder} cannot be written to ({error.strerror}): choose another folder"
+        ) from None
+
+
 def open_out(out: Path, config: dict, resume: bool) -> None:
     """Make the folder of a run, or refuse it; run.json marks it as ours and says what it is for.
 
-    config: what must stay as it was when the run is resumed, as JSON would give it back.
+    config: what must stay as it was when the run is resumed.
     Raises InputError if the folder cannot be written to, or holds another run.
     """
     marker = out / "run.json"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise InputError(
-            f"--out {out} cannot be written to ({error.strerror}): choose another folder"
-        ) from None
+    config = json.loads(json.dumps(config))  # as it is read: with lists for tuples
+    make_folder(out, "--out")
     if (marker.exists() or (out / "results.json").exists()) and not resume:
         raise InputError(
             f"{out} holds another run's results: continue it with --resume, or choose another --out"
@@ -189,8 +191,6 @@ def open_out(out: Path, config: dict, resume: bool) -> None:
         differ = [k for k in config if before.get(k) != config[k]]
         if differ:
             old, new = (", ".join(f"{k} {a.get(k)}" for k in differ) for a in (before, config))
-            raise InputError(
-                f"{out} holds a run with {old}, but now it is {new}: give the old values, or "
-                "choose another --out"
-            )
+            reason = f"{out} holds a run with {old}, but now it is {new}"
+            raise InputError(f"{reason}: give the old values, or choose another --out")
     write(marker, json.dumps(config))

@@ -5,17 +5,16 @@ And which of them make up the batch of a step.
 
 import hashlib
 import json
-import math
 import os
 import pickle
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -113,10 +112,8 @@ def downsample(data: ImageData, image_size: int | None) -> ImageData:
     if image_size in (None, size):
         return data
     if image_size < 1 or size % image_size:
-        raise InputError(
-            f"{data.name} has images of {size} pixels, which cannot be averaged down to "
-            f"{image_size}: choose {size}, {size // 2} or {size // 4}"
-        )
+        choice = f"choose {size}, {size // 2} or {size // 4}"
+        raise InputError(f"{size} pixels cannot be averaged down to {image_size}: {choice}")
     square = size // image_size
     images, held_images = (
         torch.cat([F.avg_pool2d(part.float(), square).round().byte() for part in a.split(10_000)])
@@ -131,8 +128,7 @@ def hold_out(
     """Set n random images aside (default: a tenth, at most 1,000): the same whatever the seed."""
     if len(images) < 20:
         raise InputError(
-            f"{len(images)} images are too few to train on: at least 20 are needed, and thousands "
-            "to learn from"
+            f"{len(images)} images are too few: at least 20, and thousands to learn anything"
         )
     n = min(1000, len(images) // 10) if n is None else n
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -151,9 +147,6 @@ def digits(data_dir: Path | None = None) -> ImageData:
 
 
 # --- CIFAR-10 -------------------------------------------------------------------------------------
-
-CIFAR_ROW = 1 + 3 * 32 * 32  # the binary version: a label byte, then red, green and blue planes
-CIFAR_FILE = 10_000 * CIFAR_ROW
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -180,12 +173,11 @@ def cifar10(data_dir: Path) -> ImageData:
         download_cifar10(data_dir)
         found = [(data_dir / "cifar-10-batches-py", "")]
     place, end = found[0]
-    read = cifar_binary if end else cifar_pickle
-    parts = [read(place / f"data_batch_{i}{end}") for i in range(1, 6)]
+    parts = [cifar_batch(place / f"data_batch_{i}{end}") for i in range(1, 6)]
     images, labels = (torch.from_numpy(np.concatenate(a)) for a in zip(*parts))
     test = place / f"test_batch{end}"
     if test.is_file():
-        held_images, held_labels = (torch.from_numpy(a) for a in read(test))
+        held_images, held_labels = (torch.from_numpy(a) for a in cifar_batch(test))
         return ImageData("cifar10", images, labels, held_images, held_labels, 10)
     return hold_out("cifar10", images, labels, 10)
 
@@ -198,79 +190,49 @@ def download_cifar10(data_dir: Path) -> None:
         if not existed and data_dir.is_dir() and not any(data_dir.iterdir()):
             data_dir.rmdir()
         raise InputError(
-            f"no CIFAR-10 under {data_dir}, and downloading it failed ({error}). Put the python "
-            "version (folder cifar-10-batches-py) or the binary version (folder "
-            "cifar-10-batches-bin) there, or point --data-dir at them."
+            f"no CIFAR-10 under {data_dir}, and downloading it failed ({error}). Point --data-dir "
+            "at cifar-10-batches-py (the python version) or cifar-10-batches-bin (the binary one)"
         ) from None
 
 
-def cifar_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """-> images (10000, 3, 32, 32) uint8, labels (10000,) int64."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing: the training set has five batches")
-    size = path.stat().st_size
-    if size != CIFAR_FILE:
-        raise InputError(
-            f"{path} has {size:,} bytes instead of {CIFAR_FILE:,}: truncated, or not CIFAR-10's "
-            "binary version. Fetch it again."
-        )
-    rows = np.fromfile(path, np.uint8).reshape(-1, CIFAR_ROW)
-    if rows[:, 0].max() > 9:
-        raise InputError(
-            f"{path} has labels above 9: this is not CIFAR-10's binary version (CIFAR-100 has two "
-            "label bytes)"
-        )
-    return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].astype(np.int64)
-
-
-def cifar_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """-> images (10000, 3, 32, 32) uint8, labels (10000,) int64."""
+def cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """-> images (10000, 3, 32, 32) uint8, labels (10000,) int64, from either version."""
     if not path.is_file():
         raise InputError(f"{path} is missing: the training set has five batches")
     try:
-        with path.open("rb") as file:
-            batch = ArrayUnpickler(file, encoding="latin1").load()
-        images = np.asarray(batch["data"], np.uint8)
-        labels = np.asarray(batch["labels"], np.int64)
+        if path.suffix == ".bin":  # a label byte, then red, green and blue planes
+            rows = np.fromfile(path, np.uint8).reshape(10_000, 3073)
+            images, labels = rows[:, 1:], rows[:, 0]
+        else:
+            with path.open("rb") as file:
+                batch = ArrayUnpickler(file, encoding="latin1").load()
+            images, labels = np.asarray(batch["data"], np.uint8), np.asarray(batch["labels"])
+        images = images.reshape(10_000, 3, 32, 32)
+        labels = labels.reshape(10_000).astype(np.int64)
+        if labels.max() > 9:
+            raise ValueError("labels above 9, as in CIFAR-100")
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise InputError(
-            f"{path} is not readable ({error}): {path.stat().st_size:,} bytes found, about "
-            "31,035,000 expected. Fetch it again."
+            f"{path} ({path.stat().st_size:,} bytes) is not a batch of CIFAR-10: {error}"
         ) from None
-    if images.shape != (10_000, 3072) or labels.shape != (10_000,):
-        raise InputError(
-            f"{path} holds images of shape {images.shape} and labels of shape {labels.shape}, not "
-            "(10000, 3072) and (10000,)"
-        )
-    return images.reshape(-1, 3, 32, 32), labels
+    return images, labels
 
 
 # --- ImageNet 64x64 -------------------------------------------------------------------------------
 
-NPZ_ERRORS = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, OSError, EOFError)
 
-
-def npz_member(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
-    """The shape and type of one array of an npz file, from its header alone."""
+def npz_array(path: Path, key: str, shape: tuple[int, ...], dtype: type) -> Tensor:
+    """One array of a batch, in this shape. Raises InputError if it is damaged, or another."""
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
-            version = np.lib.format.read_magic(file)
-            if version == (1, 0):
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            else:
-                shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-            promised = math.prod(shape) * dtype.itemsize
-            found = archive.getinfo(f"{key}.npy").file_size
-            if promised > found:
-                raise ValueError(
-                    f"its header promises {promised:,} bytes of {key} and {found:,} are there"
-                )
-    except NPZ_ERRORS as error:
+        with np.load(path, allow_pickle=False) as file:
+            return torch.from_numpy(
+                file[key].reshape(shape).astype(dtype, casting="same_kind", copy=False)
+            )
+    except (BadZipFile, zlib.error, LookupError, ValueError, TypeError, OSError, MemoryError) as e:
         raise InputError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a downsampled-ImageNet batch: {error}. "
-            "Fetch it again."
+            f"{path} ({path.stat().st_size:,} bytes) is not a batch of downsampled ImageNet, or is "
+            f"damaged ({key}: {e})"
         ) from None
-    return shape, dtype
 
 
 def imagenet64(data_dir: Path) -> ImageData:
@@ -284,8 +246,7 @@ def imagenet64(data_dir: Path) -> ImageData:
     paths = sorted(data_dir.glob("train_data_batch_*.npz"), key=lambda p: (len(p.name), p.name))
     if not paths:
         raise InputError(
-            f"no train_data_batch_*.npz in {data_dir}: put the official 64x64 npz batches there, "
-            "or point --data-dir at them"
+            f"no train_data_batch_*.npz in {data_dir}: point --data-dir at the official batches"
         )
     images, labels = read_npz(paths)
     validation = data_dir / "val_data.npz"
@@ -295,38 +256,16 @@ def imagenet64(data_dir: Path) -> ImageData:
 
 
 def read_npz(paths: list[Path]) -> tuple[Tensor, Tensor]:
-    """-> images (N, 3, 64, 64) uint8, labels (N,) in 0..999. Headers are checked first."""
-    counts = []
-    for path in paths:
-        shape, dtype = npz_member(path, "data")
-        label_shape, _ = npz_member(path, "labels")
-        n = shape[0] if shape else 0
-        if shape != (n, 12288) or dtype != np.uint8 or label_shape != (n,):
-            raise InputError(
-                f"{path}: `data` is {shape} {dtype} with labels {label_shape}; expected (n, 12288) "
-                "uint8 and (n,)"
-            )
-        counts.append(n)
-    images = torch.empty(sum(counts), 3, 64, 64, dtype=torch.uint8)
-    labels = torch.empty(sum(counts), dtype=torch.long)
-    start = 0
-    for path, n in zip(tqdm(paths, "reading", leave=False), counts):
-        part = slice(start, start + n)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                images[part] = torch.from_numpy(file["data"].reshape(n, 3, 64, 64))
-                labels[part] = torch.from_numpy(np.asarray(file["labels"], np.int64)) - 1
-        except NPZ_ERRORS as error:
-            raise InputError(
-                f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged: {error}. "
-                "Fetch it again."
-            ) from None
-        start += n
+    """-> images (N, 3, 64, 64) uint8, labels (N,) in 0..999. Labels first: they tell the size."""
+    labels = [npz_array(path, "labels", (-1,), np.int64) - 1 for path in paths]
+    images = torch.empty(sum(map(len, labels)), 3, 64, 64, dtype=torch.uint8)
+    parts = images.split([len(own) for own in labels])
+    for path, part in zip(tqdm(paths, "reading", leave=False), parts):
+        part.copy_(npz_array(path, "data", tuple(part.shape), np.uint8))
+    labels = torch.cat(labels)
     if labels.min() < 0 or labels.max() > 999:
-        raise InputError(
-            f"labels of {paths[0].parent} run from {labels.min() + 1} to {labels.max() + 1}; the "
-            "official ones are 1..1000"
-        )
+        found = f"from {labels.min() + 1} to {labels.max() + 1}"
+        raise InputError(f"labels of {paths[0].parent} run {found}; the official ones are 1..1000")
     return images, labels
 
 
@@ -374,10 +313,7 @@ def folder(data_dir: Path, image_size: int) -> ImageData:
     files = sorted(p for p in data_dir.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
     paths = [p for p in files if p.is_file()]
     if not paths:
-        raise InputError(
-            f"no images in {data_dir} (looked for {', '.join(IMG_EXTENSIONS)}, sub-folders "
-            "included)"
-        )
+        raise InputError(f"no images in {data_dir} (looked for {', '.join(IMG_EXTENSIONS)})")
     group = [p.relative_to(data_dir).parts[0] if p.parent != data_dir else "" for p in paths]
     classes = sorted(set(group))
     images, labels = [], []
@@ -406,8 +342,7 @@ def cat_on_disk(parts: Iterable[Tensor], folder: Path | None = None) -> Tensor:
         whole = torch.from_file(file.name, size=size, dtype=part.dtype)
     except OSError as error:
         raise InputError(
-            f"{folder} cannot hold the data that is prepared there ({error.strerror}): make room, "
-            "or choose another --out"
+            f"{folder} cannot hold data ({error.strerror}): make room, or choose another --out"
         ) from None
     finally:
         with suppress(NameError, OSError):  # a system that cannot remove a mapped file keeps it
@@ -441,23 +376,23 @@ def captioned_folder(
 
 def captions_of(listing: Path) -> list[tuple[str, str]]:
     """-> (file name, caption) of each line of a metadata.jsonl."""
+    example = '{"file_name": "a.png", "text": "a cat"}'
     if not listing.is_file():
         raise InputError(
-            f"{listing} is missing: captioned images need it, with one line of JSON each, like "
-            '{"file_name": "a.png", "text": "a cat"}'
+            f"{listing} is missing: captioned images need it, with a line for each, like {example}"
         )
     entries = []
     for number, line in read_lines(listing):
-        try:
+        entry = None
+        with suppress(ValueError):
             entry = json.loads(line)
-            name, text = entry["file_name"], entry["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        entry = entry if isinstance(entry, dict) else {}
+        texts = tuple(str(entry.get(key) or "").strip() for key in ("file_name", "text"))
+        if not all(texts):
             raise InputError(
-                f"{listing}, line {number}: no file_name and text in it ({error})"
-            ) from None
-        if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
-            raise InputError(f"{listing}, line {number}: {name} has no caption")
-        entries.append((name, text.strip()))
+                f"{listing}, line {number}: a file_name and a text are needed, like {example}"
+            )
+        entries.append(texts)
     return entries
 
 
@@ -465,10 +400,6 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     """-> (number, text) of each line of a text file that is not blank. Raises InputError."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text ({error})") from None
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]

@@ -49,10 +49,7 @@ def start(device: str | None) -> str | None:
         asked = int(os.environ["LOCAL_WORLD_SIZE"])
         found = torch.cuda.device_count()
         if asked > found:
-            raise InputError(
-                f"{asked} processes on a machine with {found} GPUs: use --nproc_per_node {found}, "
-                "or --device cpu"
-            )
+            raise InputError(f"{asked} processes, {found} GPUs: use --nproc_per_node {found}")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))

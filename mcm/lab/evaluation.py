@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,8 @@ class Rows:
     def add(self, key: str, weights: Path | None, row: dict, seconds: float) -> None:
         """Keep a row. weights: the file in `out` that it was measured with; None: the teacher's."""
         name = None if weights is None else weights.relative_to(self.out).as_posix()
-        row = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-        }
+        numbers = {k: v for k, v in row.items() if isinstance(v, float)}
+        row = row | {k: v if math.isfinite(v) else None for k, v in numbers.items()}
         self.entries[key] = {"weights": name, "digest": self._digest(name), "row": row}
         self.seconds += seconds
         saved = {"about": self.about, "rows": self.entries, "seconds": self.seconds}
@@ -103,22 +103,36 @@ def digest_at(path: Path, changed: int) -> str:
     return digest(path)
 
 
-Columns = dict[str, tuple[str, int]]  # a figure's key -> its title, and how many digits
+FIGURES = {
+    "frechet": ("Fréchet", 3),
+    "coverage": ("coverage", 3),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "alignment": ("alignment", 3),
+    "reward": ("reward", 2),
+    "rmse_to_teacher": ("RMSE to teacher", 3),
+    "class_accuracy": ("class accuracy", 3),
+    "seconds_per_image": ("s/image", 5),
+}
+"""The columns that a table can have: a figure's key -> its title, and how many digits."""
 
 
-def row_line(row: dict, columns: Columns) -> str:
+def row_line(row: dict, figures: Iterable[str] = FIGURES) -> str:
     """A row, as a line of a table in markdown."""
     cells = [row.get("recipe") or row["model"], row["sampler"], str(row["steps"]), str(row["nfe"])]
-    for key, (_, digits) in columns.items():
-        cells.append("" if row.get(key) is None else f"{row[key]:.{digits}f}")
+    for key in figures:
+        cells.append("" if row.get(key) is None else f"{row[key]:.{FIGURES[key][1]}f}")
     return f"| {' | '.join(cells)} |"
 
 
-def table(results: dict, columns: Columns, head: list[str]) -> str:
+def table(results: dict, head: list[str]) -> str:
     """results.md, and what is printed: lines, the table, a line about the seconds."""
-    titles = ["model", "sampler", "steps", "NFE", *(title for title, _ in columns.values())]
+    figures = [f for f in FIGURES if any(row.get(f) is not None for row in results["rows"])]
+    titles = ["model", "sampler", "steps", "NFE", *(FIGURES[f][0] for f in figures)]
+    if results["metric"]["name"] == "fid":
+        titles[titles.index("Fréchet")] = "FID"
     lines = [*head, "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    lines += [row_line(row, columns) for row in results["rows"]]
+    lines += [row_line(row, figures) for row in results["rows"]]
     seconds = results["seconds"]
     named = {f"K = {k}" if k.isdigit() else k: v for k, v in seconds["students"].items()}
     students = ", ".join(f"{name} {s:.0f}" for name, s in named.items())
@@ -131,11 +145,12 @@ def table(results: dict, columns: Columns, head: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def report(out: Path, results: dict, text: str, draw_quality: bool = True) -> None:
+def report(out: Path, results: dict, head: list[str]) -> None:
     """Write results.json, results.md and the curves of a run, and print the table."""
+    text = table(results, head)
     write(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     write(out / "results.md", text)
-    if draw_quality:
+    if results["metric"]["n_reference"]:
         plots.quality_vs_steps(results, out / "quality_vs_steps.png")
     if (out / "log.jsonl").is_file():
         plots.training_curves(out / "log.jsonl", out / "training.png")

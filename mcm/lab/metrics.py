@@ -4,8 +4,6 @@ It is a small one, trained on the spot: these are not FID. That name belongs to 
 Inception-v3, which can be had too. Every number comes with its feature space.
 """
 
-import io
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -19,7 +17,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..losses import restored_randomness
 from . import distributed
-from .checkpoint import read_safetensors, write_safetensors
+from .checkpoint import digest, make_folder, read_safetensors, write_safetensors
 from .data import ImageData, batch_indices, to_float
 
 
@@ -171,21 +169,13 @@ def train_classifier(data: ImageData, iterations: int, path: Path) -> tuple[Clas
     if path.is_file():
         tensors, metadata = read_safetensors(path)
         if metadata != wanted:
-            raise InputError(
-                f"{path} holds a feature classifier for {metadata}, but this run needs {wanted}: "
-                "delete it or use another --features"
-            )
+            reason = f"{path} holds a feature classifier for {metadata}, not {wanted}"
+            raise InputError(f"{reason}: delete it, or use another --features")
         classifier = Classifier(data.image_shape, data.classes)
         classifier.load_state_dict(tensors)
         classifier.to(device)
     else:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"{path.parent} cannot be made for the feature classifier ({error.strerror}): use "
-                "another --features"
-            ) from None
+        make_folder(path.parent, "--features")
         with restored_randomness(device):
             torch.manual_seed(0)
             classifier = Classifier(data.image_shape, data.classes).to(device)
@@ -207,6 +197,9 @@ def fit(classifier: Classifier, data: ImageData, iterations: int, batch: int = 1
         loss.backward()
         optimizer.step()
         schedule.step()
+
+
+INCEPTION_SHA = "6726825d"  # how the digest of its weights begins
 
 
 class Inception(nn.Module):
@@ -234,25 +227,16 @@ class Inception(nn.Module):
         if not path.is_file():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, path, hash_prefix="6726825d")
+                torch.hub.download_url_to_file(url, path, hash_prefix=INCEPTION_SHA)
             except (OSError, RuntimeError, HTTPException) as error:
                 raise InputError(
                     "FID needs the weights of Inception-v3, which could not be fetched "
                     f"({error}). Put {url} into {path.parent}"
                 ) from None
-        damage = (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError)
-        with io.BytesIO() as safe:  # read as tensors only, before torch-fidelity reads it
-            try:
-                torch.save(torch.load(path, weights_only=True, map_location="cpu"), safe)
-                safe.seek(0)
-                self.network = port.FeatureExtractorInceptionV3(
-                    "inception", ["2048"], feature_extractor_weights_path=safe
-                )
-            except damage as error:
-                raise InputError(
-                    f"{path} is not the weights of Inception-v3 ({str(error).splitlines()[0]}): "
-                    "delete it"
-                ) from None
+        if not digest(path).startswith(INCEPTION_SHA):  # torch-fidelity would run a pickle's code
+            raise InputError(f"{path} is not the weights of Inception-v3: delete it")
+        network = port.FeatureExtractorInceptionV3
+        self.network = network("inception", ["2048"], feature_extractor_weights_path=str(path))
 
     def features(self, x: Tensor) -> Tensor:
         pixels = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)

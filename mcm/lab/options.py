@@ -22,6 +22,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
@@ -60,12 +61,10 @@ def fields_of(config: type, group: str) -> list[str]:
 
 def parser(config: type, prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser with an option for each field. What is not given is not in its answer."""
+    texts = {"prog": prog, "description": description, "epilog": epilog}
+    layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=100)
     made = argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        epilog=epilog,
-        formatter_class=Help,
-        argument_default=argparse.SUPPRESS,
+        **texts, formatter_class=layout, argument_default=argparse.SUPPRESS
     )
     types = get_type_hints(config)
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
@@ -81,11 +80,6 @@ def parser(config: type, prog: str, description: str, epilog: str) -> argparse.A
         kind = argument(types[name], default)
         groups[group].add_argument(option(name), help=text.replace("%", "%%"), **kind)
     return made
-
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=32, width=100)
 
 
 def argument(kind: type, default: object) -> dict:
@@ -107,6 +101,11 @@ def argument(kind: type, default: object) -> dict:
 class AsTuple(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, tuple(values))
+
+
+def values(config: object, *names: str) -> dict:
+    """These fields by name."""
+    return {name: getattr(config, name) for name in names}
 
 
 def option(name: str) -> str:
@@ -138,10 +137,8 @@ def pick_device(name: str | None) -> torch.device:
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     available = ["cpu"] + ["cuda"] * torch.cuda.is_available() + gpus
     if name not in available:
-        raise InputError(
-            f"--device {name} was asked for, but this machine with this build of PyTorch has only "
-            f"{', '.join(available)}: use --device cpu"
-        )
+        known = ", ".join(available)
+        raise InputError(f"no --device {name} on this machine, or for this PyTorch: use {known}")
     return torch.device(name)
 
 
@@ -177,32 +174,25 @@ def run(script: str, main: Callable[[list[str]], None], argv: list[str]) -> int:
     """-> the exit code: 2 for input that cannot work, with one paragraph that says why."""
     try:
         main(argv)
+        return 0
+    except KeyboardInterrupt:
+        print("\nstopped; continue with --resume", file=sys.stderr)
+        return 130
     except InputError as error:
-        return _refused(script, str(error))
+        reason = str(error)
     except (MemoryError, RuntimeError) as error:
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not memory and "can't allocate memory" not in str(error):
             raise
-        reason = str(error).splitlines()[0] if str(error) else "the system refused more"
-        return _refused(
-            script,
-            f"not enough memory ({reason}). Put the batch through the network in more parts: "
+        what = str(error).splitlines()[0] if str(error) else "the system refused more"
+        reason = (
+            f"not enough memory ({what}). Put the batch through the network in more parts: "
             "--accumulate 2, 4, ..., also with --resume, as what was saved before is intact. Where "
-            "that does not help, start again with a smaller network, image or batch.",
+            "that does not help, start again with a smaller network, image or batch."
         )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        return _refused(
-            script,
-            f"{error}. What was saved before is intact: make room, and continue with --resume.",
-        )
-    except KeyboardInterrupt:
-        print("\nstopped; continue with --resume", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _refused(script: str, reason: str) -> int:
+        reason = f"{error}. What was saved before is intact: make room, continue with --resume."
     print(f"{script}: error: {reason}", file=sys.stderr)
     return 2

@@ -51,9 +51,8 @@ def quality_vs_steps(results: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120)
     curves: dict[str, list] = {}
     for row in results["rows"]:
-        name = re.sub(
-            r"-\d+$", "", row.get("recipe", row["model"])
-        )  # one curve for the students of one recipe
+        # one curve for the students of one recipe
+        name = re.sub(r"-\d+$", "", row.get("recipe", row["model"]))
         label = f"{name}, {SAMPLERS[row['sampler']]}"
         curves.setdefault(label, []).append((row["nfe"], row["frechet"]))
     for (label, points), colour, marker in zip(curves.items(), COLOURS * 2, "sDo^vPX*<>dph"):
@@ -67,10 +66,8 @@ def quality_vs_steps(results: dict, path: Path) -> None:
     metric = results["metric"]
     name = "FID" if metric["name"] == "fid" else "Fréchet distance"
     axes.set_ylabel(f"{name} (lower is better)")
-    title = (
-        f"{metric['n_generated']:,} samples against {metric['n_reference']:,} "
-        f"{metric['reference']} images, features: {metric['features']}"
-    )
+    real = f"{metric['n_reference']:,} {metric['reference']} images"
+    title = f"{metric['n_generated']:,} samples against {real}, features: {metric['features']}"
     axes.set_title(textwrap.fill(title, 85), fontsize=9)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)

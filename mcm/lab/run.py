@@ -91,6 +91,7 @@ class Training:
         return min(self.ema, (1 + step) / (10 + step))
 
 
+@dataclass(eq=False)
 class Learner:
     """Weights in training, with their optimiser and their running averages.
 
@@ -101,26 +102,20 @@ class Learner:
     lr_scale: its learning rate as a multiple of the run's.
     """
 
-    lr = 0.0
-    step = 0
+    weights: dict[str, Tensor]
+    clip: float
+    averages: Sequence[tuple[dict[str, Tensor], Callable[[int], float]]] = ()
+    weight_decay: float = 0.0
+    lr_scale: float = 1.0
+    lr: float = 0.0
+    step: int = 0
     norm: Tensor | None = None
     """Of the gradient of the last update."""
 
-    def __init__(
-        self,
-        weights: dict[str, Tensor],
-        clip: float,
-        averages: Sequence[tuple[dict[str, Tensor], Callable[[int], float]]] = (),
-        weight_decay: float = 0.0,
-        lr_scale: float = 1.0,
-    ):
-        self.weights = weights
-        self.clip = clip
-        self.averages = averages
-        self.lr_scale = lr_scale
-        self.optimizer = torch.optim.AdamW(
-            list(weights.values()), 0.0, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
-        )
+    def __post_init__(self):
+        weights = list(self.weights.values())
+        options = {"betas": (0.9, 0.99), "weight_decay": self.weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(weights, 0.0, **options)
 
     def update(self) -> None:
         """One step along the gradients that were gathered, or none if they are not finite."""
@@ -132,21 +127,18 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
+            towards = list(self.weights.values())
             for average, decay in self.averages:
-                towards = list(self.weights.values())
-                torch._foreach_lerp_(
-                    [average[k] for k in self.weights], towards, 1 - decay(self.step)
-                )
+                moved = [average[k] for k in self.weights]
+                torch._foreach_lerp_(moved, towards, 1 - decay(self.step))
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:
-        return {"raw.": self.weights} | {
-            f"average{n}.": average for n, (average, _) in enumerate(self.averages)
-        }
+        averages = {f"average{n}.": weights for n, (weights, _) in enumerate(self.averages)}
+        return {"raw.": self.weights, **averages}
 
     def state(self) -> dict[str, Tensor]:
-        tensors = {
-            prefix + k: v for prefix, group in self._groups().items() for k, v in group.items()
-        }
+        groups = self._groups().items()
+        tensors = {prefix + k: v for prefix, group in groups for k, v in group.items()}
         for index, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": v for k, v in entries.items()}
         return tensors
@@ -198,6 +190,7 @@ MOST_SKIPPED = 20  # steps in a row, before a run stops
 MUST_MATCH = ("iterations", "batch", "lr", "ema", "precision", "augment", "seed")
 
 
+@dataclass(eq=False)
 class Run:
     """`for step in run:` counts the steps of one training run, each with a random state of its own.
 
@@ -215,29 +208,21 @@ class Run:
     before stays.
     """
 
-    def __init__(
-        self,
-        name: str,
-        learners: dict[str, Learner],
-        settings: Training,
-        out: Path,
-        resume: bool = False,
-        segments: int = 1,
-    ):
-        self.name = name
-        self.learners = learners
-        self.settings = settings
-        self.out = out
-        self.resume = resume
-        self.segments = segments
-        self.state_file = out / f"{name}.state.safetensors"
-        self.step = 0
-        self.seconds = 0.0
-        """What the run took so far, in all its parts, up to the last line of the log."""
-        main = next(iter(learners.values()))
-        self._main = main
-        self.update = main.update
-        self.device = next(iter(main.weights.values())).device
+    name: str
+    learners: dict[str, Learner]
+    settings: Training
+    out: Path
+    resume: bool = False
+    segments: int = 1
+    step: int = 0
+    seconds: float = 0.0
+    """What the run took so far, in all its parts, up to the last line of the log."""
+
+    def __post_init__(self):
+        self.state_file = self.out / f"{self.name}.state.safetensors"
+        self._main = next(iter(self.learners.values()))
+        self.update = self._main.update
+        self.device = next(iter(self._main.weights.values())).device
         self._recorded: list[tuple[Tensor, Tensor]] = []
         self._figures: dict[str, Tensor] = {}
         self._steps: list[Step] = []  # since the last line of the log
@@ -349,8 +334,7 @@ class Run:
         if self._skipped >= min(MOST_SKIPPED, self.settings.iterations // 4 + 1):
             raise InputError(
                 f"{self.name}: the loss or its gradient is no longer finite, from step "
-                f"{done + 1 - self._skipped} on. What was saved before is intact. Lower the "
-                "learning rate, or use --precision fp32."
+                f"{done + 1 - self._skipped} on. Lower the learning rate, or use --precision fp32."
             )
         seconds = time.perf_counter() - self._clock
         self._clock += seconds
@@ -361,10 +345,8 @@ class Run:
         line["seconds"] = round(seconds, 3)
         line["images_per_second"] = round(rate, 1)
         if line["skipped"]:
-            bar.write(
-                f"{self.name}: {line['skipped']} of the {len(steps)} steps up to {done} were "
-                "skipped, as their gradients were not finite"
-            )
+            skipped = f"{line['skipped']} of the {len(steps)} steps up to {done}"
+            bar.write(f"{self.name}: {skipped} were skipped, as their gradients were not finite")
         bar.set_postfix(loss=f"{line['loss'] or math.nan:.4f}", img_s=f"{rate:.0f}", refresh=False)
         if distributed.is_main():
             with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
@@ -407,10 +389,11 @@ class DenoiserRun(Run):
         **metadata,
     ):
         processes = distributed.world_size()
-        if processes > 1 and settings.batch % (processes * settings.accumulate):
+        parts = processes * settings.accumulate
+        if processes > 1 and settings.batch % parts:
             raise InputError(
-                f"a batch of {settings.batch} cannot be shared evenly by {processes} processes in "
-                f"{settings.accumulate} parts: use a multiple of {processes * settings.accumulate}"
+                f"{processes} processes and --accumulate {settings.accumulate} need a batch of a "
+                f"multiple of {parts}, not {settings.batch}"
             )
         denoiser.requires_grad_(True).train()
         self.averaged = copy.deepcopy(denoiser).requires_grad_(False).eval()
@@ -466,10 +449,8 @@ class DenoiserRun(Run):
         self.record(output.per_sample, output.t)
 
     def save_model(self) -> None:
-        self.averaged.metadata = self.metadata | {
-            "step": self.step + 1,
-            "seconds": round(self.seconds, 1),
-        }
+        reached = {"step": self.step + 1, "seconds": round(self.seconds, 1)}
+        self.averaged.metadata = self.metadata | reached
         if distributed.is_main():
             snapshot = copy.deepcopy(self.averaged)  # the next step moves the averages
             path = self.out / f"{self.name}.safetensors"
@@ -489,8 +470,7 @@ class Compiled(torch.nn.Module):
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"the network cannot be compiled here ({reason}): leave out --compile, or install "
-                "a C++ compiler (CPU) or Triton (GPU)"
+                f"no C++ compiler (CPU) or Triton (GPU)? Leave out --compile ({reason})"
             ) from None
 
 
@@ -540,30 +520,20 @@ def trailing(good: Tensor, before: int) -> int:
 
 def summary(steps: list[Step], good: Tensor, segments: int) -> dict:
     """Means over those steps that are `good`, null if none is; the others are counted."""
-    skipped = int((~good).sum())
+    line = {"loss": None, "gradient_norm": None}
+    line |= {"loss_by_t": [None] * 10, "loss_by_segment": [None] * segments}
     steps = [step for step, counts in zip(steps, good.tolist()) if counts]
-    loss = norm = None
-    by_t = [None] * 10
-    by_segment = [None] * segments
     if steps:
         per_sample = torch.cat([step.per_sample for step in steps]).cpu().double()
         t = torch.cat([step.t for step in steps]).cpu().double()
-        loss = round(float(per_sample.mean()), 6)
-        norm = round(float(torch.stack([step.norm for step in steps]).cpu().mean()), 6)
-        by_t = binned(per_sample, t, 10)
-        by_segment = binned(per_sample, t, segments)
-    figures = {
-        key: round(sum(float(step.figures[key]) for step in steps) / len(steps), 6)
-        for key in (steps[0].figures if steps else ())
-    }
-    return {
-        "loss": loss,
-        "gradient_norm": norm,
-        "loss_by_t": by_t,
-        "loss_by_segment": by_segment,
-        **figures,
-        "skipped": skipped,
-    }
+        norm = torch.stack([step.norm for step in steps]).cpu().mean()
+        line["loss"] = round(float(per_sample.mean()), 6)
+        line["gradient_norm"] = round(float(norm), 6)
+        line["loss_by_t"] = binned(per_sample, t, 10)
+        line["loss_by_segment"] = binned(per_sample, t, segments)
+        for key in steps[0].figures:
+            line[key] = round(sum(float(step.figures[key]) for step in steps) / len(steps), 6)
+    return line | {"skipped": int((~good).sum())}
 
 
 def binned(loss: Tensor, t: Tensor, bins: int) -> list[float | None]:
@@ -603,29 +573,26 @@ def load_state(
     # a kill between the two renamings of a save would leave a partial file
     if not path.is_file() and not partial_of(path).is_file():
         return None
-    found = damage = None
+    damage = None
     for candidate in (path, previous_state(path)):
+        if not candidate.is_file():
+            continue
         try:
-            found = read_safetensors(candidate) if candidate.is_file() else None
+            tensors, metadata = read_safetensors(candidate)
+            break
         except InputError as error:
             damage = damage or error
-        if found:
-            break
-    if damage and not found:
-        raise damage
-    if not found:
+    else:
+        if damage:
+            raise damage
         return None
-    tensors, metadata = found
-    step = metadata.get("step")
-    elapsed = metadata.get("elapsed")
+    step, elapsed = metadata.get("step"), metadata.get("elapsed")
     if damage:
         print(f"{damage}\nContinuing from the checkpoint before it, step {step}.", file=sys.stderr)
     for key in MUST_MATCH:
         if metadata.get(key) != getattr(settings, key):
-            raise InputError(
-                f"{path}: saved with {key} {metadata.get(key)}, but now it is "
-                f"{getattr(settings, key)}. Give the old value, or another --out."
-            )
+            change = f"saved with {key} {metadata.get(key)}, but now it is {getattr(settings, key)}"
+            raise InputError(f"{path}: {change}. Give the old value, or another --out.")
     for name, learner in learners.items():
         prefix = f"{name}/"
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -633,13 +600,11 @@ def load_state(
             learner.load(own)
         except (KeyError, RuntimeError, IndexError, ValueError):
             raise InputError(
-                f"{path}: the network in it has another shape than the one asked for. Give the old "
-                "settings, or another --out."
+                f"{path}: of a network of another shape. Give the old settings, or another --out."
             ) from None
     in_range = type(step) is int and 0 <= step <= settings.iterations
     if not in_range or not isinstance(elapsed, (int, float)):
         raise InputError(
-            f"{path}: step {step} and seconds {elapsed} are not those of a run of "
-            f"{settings.iterations} steps. Delete it."
+            f"{path}: step {step}, seconds {elapsed}, in a run of {settings.iterations}: delete it"
         )
     return step, elapsed

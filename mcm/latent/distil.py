@@ -62,15 +62,9 @@ def distil(job: Distillation, recipe: Recipe) -> float:
     needs images or a reward and there are none.
     """
     if recipe.needs_images and job.latents is None:
-        raise InputError(
-            "this recipe learns from images: give captioned images (--data), or use mlcm or tlcm, "
-            "which learn from prompts alone"
-        )
+        raise InputError("this recipe learns from images: give some, or use mlcm or tlcm")
     if job.guidance_input and not job.full:
-        raise InputError(
-            "a range of guidance needs a student that is told it, which a LoRA cannot be: use one "
-            "value, or full fine-tuning"
-        )
+        raise InputError("a LoRA cannot be told its guidance: use one value, or full fine-tuning")
     wanted = {kind for phase in recipe.phases for kind, _ in phase.objectives}
     if "preference" in wanted and job.reward is None:
         raise InputError("this recipe has a preference phase: give it a reward")

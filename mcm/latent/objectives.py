@@ -8,6 +8,7 @@ student's. `output` is what consistency_loss returned. The teacher is never trai
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -47,6 +48,7 @@ def gradient(
     return value.detach(), torch.autograd.grad(value, x)[0]
 
 
+@dataclass
 class Preference:
     """A reward on the decoded x_hat, raised to s0 and no further, and lowered to 0 for other
     captions
@@ -62,22 +64,13 @@ class Preference:
     most: how many samples of the batch are decoded (the VAE is expensive); None: all.
     """
 
+    reward: Reward
+    decode: Callable[[Tensor], Tensor]
+    s0: float
+    pool: Sequence[str]
+    most: int | None = None
     learner = None
     updates = 0
-
-    def __init__(
-        self,
-        reward: Reward,
-        decode: Callable[[Tensor], Tensor],
-        s0: float,
-        pool: Sequence[str],
-        most: int | None = None,
-    ):
-        self.reward = reward
-        self.decode = decode
-        self.s0 = s0
-        self.pool = pool
-        self.most = most
 
     def loss(self, output: LossOutput, prompts: Sequence[str]) -> Tensor:
         n = len(output.x_hat)
@@ -166,10 +159,7 @@ class Adversarial:
 
     def critic_loss(self, output: LossOutput) -> Tensor:
         if output.x is None:
-            raise InputError(
-                "an adversary needs clean images to call real: a phase whose states come from data "
-                "or from the student"
-            )
+            raise InputError("an adversary needs clean images: states of the data or the student")
         t, noise = self._draw(output)
         real = self.logits(output.x, t, noise, output)
         fake = self.logits(output.x_hat.detach(), t, noise, output)

@@ -102,25 +102,16 @@ def cm_latent(K: int) -> Recipe:
 
 
 def mcm_latent(K: int) -> Recipe:
-    method = multistep(
-        K,
-        teacher_steps=(min(4 * K, 1000), min(16 * K, 960)),
-        x_var=None,
-        huber_c=1e-3,
-        distance="squared" if K == 1 else "huber",
-    )
-    summary = (
-        "multistep consistency model (arXiv 2403.06807): K segments, from images; one model per K"
-    )
+    grid = (min(4 * K, 1000), min(16 * K, 960))
+    distance = "squared" if K == 1 else "huber"
+    method = multistep(K, teacher_steps=grid, x_var=None, huber_c=1e-3, distance=distance)
+    summary = "multistep consistency (arXiv 2403.06807): K segments, from images; one model per K"
     return Recipe((Phase(method),), False, summary)
 
 
 def lcm_latent(K: int) -> Recipe:
     method = Method(1, (50, 50), x_var=None, weight="x", distance="huber_elementwise", huber_c=1e-3)
-    summary = (
-        "latent consistency model (arXiv 2310.04378): one segment of 50 steps, from images; "
-        + ANY_STEPS
-    )
+    summary = f"latent consistency (arXiv 2310.04378): a grid of 50, from images; {ANY_STEPS}"
     return Recipe((Phase(method, target_ema=0.95),), True, summary)
 
 
@@ -180,20 +171,10 @@ def tlcm_latent(
 
 def scott_latent(K: int, adversarial: float = 0.4) -> Recipe:
     """The discriminator's rate is the paper's 2e-5 over 8e-6 for the student."""
-    method = Method(
-        1,
-        (1000, 1000),
-        skip=24,
-        x_var=None,
-        weight="x",
-        distance="squared",
-        sub_steps=3,
-        teacher_eta="er5",
-        solver_order=2,
-    )
-    phase = Phase(
-        method, critic_lr=2.5, target_ema=0.95, objectives=(("adversarial", adversarial),)
-    )
+    solver = {"skip": 24, "sub_steps": 3, "teacher_eta": "er5", "solver_order": 2}
+    method = Method(1, (1000, 1000), x_var=None, weight="x", distance="squared", **solver)
+    adversary = (("adversarial", adversarial),)
+    phase = Phase(method, critic_lr=2.5, target_ema=0.95, objectives=adversary)
     summary = (
         "stochastic consistency distillation (arXiv 2403.01505): the teacher's steps are an SDE's, "
         f"with an adversary, from images; {ANY_STEPS}"

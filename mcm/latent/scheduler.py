@@ -23,10 +23,8 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x"}
 
 def re_noising_timesteps(train_steps: int = 1000) -> dict[str, list[int]]:
     """TLCM's table (arXiv 2406.05768, its released sampler): timesteps for 1 to 8 steps."""
-    return {
-        str(k): [round(i * train_steps / 8) - 1 for i in eighths]
-        for k, eighths in MILESTONES.items()
-    }
+    eighths = MILESTONES.items()
+    return {str(k): [round(i * train_steps / 8) - 1 for i in times] for k, times in eighths}
 
 
 def uniform_timesteps(steps: Sequence[int], train_steps: int = 1000) -> dict[str, list[int]]:
@@ -59,14 +57,8 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
         timesteps: dict[str, list[int]] | None = None,
     ):
-        base = DDIMScheduler(
-            num_train_timesteps,
-            beta_start,
-            beta_end,
-            beta_schedule,
-            trained_betas,
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
-        )
+        same = inspect.signature(DDIMScheduler.__init__).parameters
+        base = DDIMScheduler(**{k: v for k, v in self.config.items() if k in same})
         self.alphas_cumprod = base.alphas_cumprod
         self.schedule = DiscreteSchedule(self.alphas_cumprod)
         timesteps = timesteps or re_noising_timesteps(num_train_timesteps)
@@ -98,8 +90,7 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
             if num_inference_steps not in self.table:
                 known = ", ".join(map(str, sorted(self.table)))
                 raise InputError(
-                    f"this student was not trained for {num_inference_steps} steps: use "
-                    f"num_inference_steps of {known}, or pass timesteps="
+                    f"not trained for {num_inference_steps} steps: use {known}, or pass timesteps="
                 )
             timesteps = self.table[num_inference_steps]
         timesteps = [int(t) for t in timesteps]
@@ -129,10 +120,8 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
         """
         place = (self.timesteps == timestep).nonzero()
         if len(place) != 1:
-            raise InputError(
-                f"timestep {int(timestep)} is not among {self.timesteps.tolist()}: call "
-                "set_timesteps first"
-            )
+            known = self.timesteps.tolist()
+            raise InputError(f"timestep {int(timestep)} is none of {known}: call set_timesteps")
         t = self._time(int(timestep), sample)
         following = self.timesteps[place[0, 0] + 1 :]
         z = sample.float()

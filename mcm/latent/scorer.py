@@ -147,8 +147,7 @@ class CLIPReward(nn.Module):
             self.tokenizer = AutoTokenizer.from_pretrained(source)
         except Exception as error:
             raise InputError(
-                f"no CLIP model at {source} ({str(error).splitlines()[0]}). Without a network, "
-                "pass a folder that holds one"
+                f"no CLIP model at {source}, a folder or hub id ({str(error).splitlines()[0]})"
             ) from None
         self.model = model.to(device).eval().requires_grad_(False)
 

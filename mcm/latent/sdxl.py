@@ -7,9 +7,11 @@ images that are given and to decode images that are wanted.
 """
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -143,17 +145,11 @@ class Network(nn.Module):
             ).to(z.dtype)
         added = {"text_embeds": cond.pooled.to(z.dtype), "time_ids": cond.time_ids.to(z.dtype)}
         with active(self.unet, self.names):
-            output = self.unet(
-                z,
-                index,
-                cond.states.to(z.dtype),
-                timestep_cond=omega,
-                added_cond_kwargs=added,
-                return_dict=False,
-            )
-        return output[0]
+            more = {"timestep_cond": omega, "added_cond_kwargs": added}
+            return self.unet(z, index, cond.states.to(z.dtype), **more).sample
 
 
+@dataclass(eq=False)
 class SDXL:
     """A pipeline and the sets of weights trained on it.
 
@@ -164,17 +160,14 @@ class SDXL:
     Raises InputError for a noise schedule or a rank that cannot work.
     """
 
-    def __init__(
-        self,
-        pipe: StableDiffusionXLPipeline,
-        rank: int,
-        alpha: float | None = None,
-        checkpointing: bool = False,
-    ):
-        self.pipe = pipe
-        self.rank = rank
-        self.alpha = rank if alpha is None else alpha
-        self.checkpointing = checkpointing
+    pipe: StableDiffusionXLPipeline
+    rank: int
+    alpha: float | None = None
+    checkpointing: bool = False
+
+    def __post_init__(self):
+        pipe = self.pipe
+        self.alpha = self.rank if self.alpha is None else self.alpha
         self.device = pipe.unet.device
         self.unet = pipe.unet.requires_grad_(False).eval()
         self.schedule, self.prediction = noise_schedule(pipe.scheduler)
@@ -185,7 +178,7 @@ class SDXL:
         for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
             if part is not None:
                 part.requires_grad_(False).eval()
-        if checkpointing:
+        if self.checkpointing:
             checkpoint_gradients(self.unet)
             pipe.vae.enable_gradient_checkpointing()
             # diffusers checkpoints only then; there is nothing else in it that training changes
@@ -335,10 +328,7 @@ class SDXL:
         weights = self.add_lora(name)
         shapes = {f"unet.{key}": value.shape for key, value in weights.items()}
         if {key: value.shape for key, value in tensors.items()} != shapes:
-            raise InputError(
-                f"{out} holds a LoRA of other layers or of another rank than {self.rank}: it "
-                "belongs to another pipeline or run"
-            )
+            raise InputError(f"{out} holds a LoRA of other layers, or of another rank")
         with torch.no_grad():
             for key, value in weights.items():
                 value.copy_(tensors[f"unet.{key}"])
@@ -360,7 +350,7 @@ def read_lora(folder: Path) -> dict[str, Tensor]:
     """The tensors of a LoRA in the format that `SDXL.save` writes, unet.LAYER.lora_A.weight.
 
     Raises InputError for others, which stock diffusers would load in part, or not at all, with no
-    more than a warning.
+    more than a warning: raw PEFT files (base_model.model. ...), or two namings in one file.
     """
     path = folder / LORA_FILE
     if not path.is_file():
@@ -369,25 +359,13 @@ def read_lora(folder: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise InputError(
-            f"{path} is not readable ({error}): truncated, or another format"
+            f"{path} is not readable ({error}): truncated, or no safetensors"
         ) from None
-    new = any(".lora_A." in key for key in tensors)
-    old = any(".lora.down." in key for key in tensors)
-    if any(key.startswith("base_model.model.") for key in tensors):
+    others = [key for key in tensors if not re.match(r"unet\..*\.lora_[AB]\.weight$", key)]
+    if others or not tensors:
         raise InputError(
-            f"{path} is a raw PEFT file (its keys start with base_model.model.), of which "
-            "diffusers' load_lora_weights loads nothing. Rename base_model.model. to unet. and "
-            "store lora_alpha: SDXL.save does both."
-        )
-    if new and old:
-        raise InputError(
-            f"{path} mixes two naming schemes (lora_A and lora.down), of which diffusers' "
-            "load_lora_weights drops one without an error. Save get_peft_model_state_dict(unet) "
-            "without converting it, as SDXL.save does."
-        )
-    if not new or not all(key.startswith("unet.") for key in tensors):
-        raise InputError(
-            f"{path} is not a LoRA of a UNet in PEFT's naming (unet.LAYER.lora_A.weight)"
+            f"{path} is not what SDXL.save writes, a LoRA with tensors unet.LAYER.lora_A.weight: "
+            f"{len(others)} of {len(tensors)} have other names, as {others[:1]}"
         )
     return tensors
 
@@ -413,10 +391,8 @@ def noise_schedule(scheduler) -> tuple[DiscreteSchedule, str]:
     alphas = getattr(scheduler, "alphas_cumprod", None)
     kind = scheduler.config.get("prediction_type", "epsilon")
     if alphas is None:
-        raise InputError(
-            f"{type(scheduler).__name__} has no alphas_cumprod: only variance-preserving schedules "
-            "of discrete steps (as SDXL's) are supported"
-        )
+        name = type(scheduler).__name__
+        raise InputError(f"{name} has no alphas_cumprod: SDXL's kind of schedule is needed")
     known = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x"}
     if kind not in known:
         raise InputError(f"prediction type {kind!r} is not supported: {', '.join(known)} are")
@@ -456,17 +432,11 @@ def load_pipeline(
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = "the folder is damaged"
         if not path.exists():
-            where = (
-                "it is no folder here, and the hub did not give it. Without a network, pass a "
-                "folder that holds a saved pipeline"
-            )
+            where = "the hub did not give it; without a network, pass a folder with a pipeline"
         raise InputError(f"{source} could not be loaded: {where} ({reason})") from None
     kind = pipe.unet.config.addition_embed_type
     if kind != "text_time":
-        raise InputError(
-            f"{source} is a {type(pipe).__name__} whose UNet has addition_embed_type {kind!r}; "
-            "SDXL's is 'text_time'"
-        )
+        raise InputError(f"{source} has a UNet of addition_embed_type {kind!r}, not 'text_time'")
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)

@@ -1,7 +1,7 @@
 """Where the noisy latents z_t of a phase come from: functions of one signature, by `Phase.states`.
 
-noise: (B, ...) pure noise; t: (B,); x: like noise, or None. -> the clean image behind z_t (or
-None), and z_t.
+phase: a Phase. x: (B, ...) clean latents, or None. noise: like x, pure noise. t: (B,). cond: what
+the networks take. student, teacher: denoisers. -> the clean image behind z_t (or None), and z_t.
 """
 
 from typing import Any
@@ -19,29 +19,13 @@ from .recipes import Phase
 States = tuple[Tensor | None, Tensor]
 
 
-def data_states(
-    phase: Phase,
-    x: Tensor | None,
-    noise: Tensor,
-    t: Tensor,
-    cond: Any,
-    student: nn.Module,
-    teacher: nn.Module,
-) -> States:
+def data_states(phase, x, noise, t, cond, student, teacher) -> States:
     """Noised data."""
     return x, noised(x, t, noise, student.schedule)
 
 
 @torch.no_grad()
-def teacher_states(
-    phase: Phase,
-    x: Tensor | None,
-    noise: Tensor,
-    t: Tensor,
-    cond: Any,
-    student: nn.Module,
-    teacher: nn.Module,
-) -> States:
+def teacher_states(phase, x, noise, t, cond, student, teacher) -> States:
     """The teacher's own denoising run from pure noise, stopped at t (arXiv 2406.05768, Algorithm
     1).
 
@@ -73,15 +57,7 @@ def teacher_states(
 
 
 @torch.no_grad()
-def student_states(
-    phase: Phase,
-    x: Tensor | None,
-    noise: Tensor,
-    t: Tensor,
-    cond: Any,
-    student: nn.Module,
-    teacher: nn.Module,
-) -> States:
+def student_states(phase, x, noise, t, cond, student, teacher) -> States:
     """The student's own sample in several re-noised steps, noised afresh to t (Algorithm 2)."""
     x = sample(student, noise, phase.rollout_steps, cond, renoise)
     return x, noised(x, t, normal_like(x), student.schedule)
@@ -104,10 +80,7 @@ def draw_states(
     M = phase.rollout_steps
     if phase.share_rollout:  # neighbours fall through the segments of one run
         if len(noise) % M:
-            raise InputError(
-                f"a batch of {len(noise)} cannot share teacher runs of {M} states: use a multiple "
-                f"of {M}"
-            )
+            raise InputError(f"a batch that shares teacher runs must be a multiple of {M} samples")
         t = t.reshape(M, -1).T.flatten()
     x, z_t = STATES[phase.states](phase, x, noise, t, cond, student, teacher)
     return x, z_t, t

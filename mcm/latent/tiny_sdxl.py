@@ -99,14 +99,10 @@ def text_encoder(tokenizer: CLIPTokenizer, width: int, projection: bool) -> nn.M
     return model
 
 
-def make_unet(
-    latent_size: int, width: int, latent_channels: int = 4, channels: Sequence[int] = (64, 128)
-) -> UNet2DConditionModel:
-    """width: of one text encoder, of two. channels: of the UNet's two resolutions."""
+def make_unet(size: int, width: int, channels: Sequence[int]) -> UNet2DConditionModel:
+    """size: of latents. width: of one text encoder, of two. channels: of the two resolutions."""
     return UNet2DConditionModel(
-        sample_size=latent_size,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
+        sample_size=size,
         block_out_channels=tuple(channels),
         layers_per_block=1,
         norm_num_groups=16,
@@ -122,14 +118,14 @@ def make_unet(
     )
 
 
-def make_autoencoder(size: int, latent_channels: int) -> AutoencoderKL:
+def make_autoencoder(size: int) -> AutoencoderKL:
     autoencoder = AutoencoderKL(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
         norm_num_groups=8,
-        latent_channels=latent_channels,
+        latent_channels=4,
         mid_block_add_attention=False,
         sample_size=size,
         scaling_factor=1.0,
@@ -137,7 +133,7 @@ def make_autoencoder(size: int, latent_channels: int) -> AutoencoderKL:
     with torch.no_grad():
         # log-variances start low: noise as loud as the latents would hold up the first thousand
         # steps
-        autoencoder.quant_conv.bias[latent_channels:] -= 6
+        autoencoder.quant_conv.bias[4:] -= 6
     return autoencoder
 
 
@@ -161,7 +157,6 @@ def train_tiny_sdxl(
     vae: Training,
     unet: Training,
     *,
-    latent_channels: int = 4,
     channels: Sequence[int] = (64, 128),
     device: str | torch.device = "cpu",
 ) -> StableDiffusionXLPipeline:
@@ -176,21 +171,18 @@ def train_tiny_sdxl(
         return StableDiffusionXLPipeline.from_pretrained(out)
     size = images.shape[-1]
     if size % 8:
-        raise InputError(
-            f"images of {size} pixels do not fit the autoencoder: their side must be a multiple "
-            f"of 8"
-        )
+        raise InputError(f"images of {size} pixels: the side must be a multiple of 8")
     work = out.with_name(out.name + ".partial")
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(vae.seed)
-    autoencoder = make_autoencoder(size, latent_channels)
+    autoencoder = make_autoencoder(size)
     words = {word for caption in captions for word in caption.split()}
     vocabulary = 324 if len(set(captions)) > 4 * len(words) else 2000
     tokenizers = [
         make_tokenizer(captions, work / name, vocabulary) for name in ("tokenizer", "tokenizer_2")
     ]
     encoders = [text_encoder(t, WIDTH, projection=bool(n)) for n, t in enumerate(tokenizers)]
-    network = make_unet(size // 4, WIDTH, latent_channels, channels)
+    network = make_unet(size // 4, WIDTH, channels)
     parts = (autoencoder, *encoders, *tokenizers, network, sdxl_scheduler())
     pipe = StableDiffusionXLPipeline(
         *parts, force_zeros_for_empty_prompt=True, add_watermarker=False
@@ -202,10 +194,6 @@ def train_tiny_sdxl(
     latents = encode(autoencoder, to_float(images))
     train_unet(pipe, captions, latents, size, unet, work)
     pipe.save_pretrained(work)
-    for name in ("tokenizer", "tokenizer_2"):
-        # transformers 5 writes only tokenizer.json; versions before it read these two
-        for file in ("vocab.json", "merges.txt"):
-            assert (work / name / file).is_file()
     for state in work.glob("*.safetensors"):
         state.unlink()
     if out.exists():
@@ -284,27 +272,14 @@ def train_unet(
     device = pipe.unet.device
     schedule, prediction = noise_schedule(pipe.scheduler)
     denoiser = Denoiser(Network(pipe.unet, None), schedule, prediction)
-    modules = {name: getattr(pipe, name) for name in ("unet", "text_encoder", "text_encoder_2")}
-    weights = {
-        f"{name}.{key}": value
-        for name, module in modules.items()
-        for key, value in module.named_parameters()
-    }
-    first_ids, second_ids = (
-        tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
-    )
+    names = ("unet", "text_encoder", "text_encoder_2")
+    modules = nn.ModuleDict({name: getattr(pipe, name) for name in names}).train()
+    whole = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    first_ids = pipe.tokenizer(list(captions), **whole).input_ids
+    second_ids = pipe.tokenizer_2(list(captions), **whole).input_ids
     sizes = [size, size, 0, 0, size, size]
     time_ids = torch.tensor(sizes, dtype=torch.float32, device=device)
-    for module in modules.values():
-        module.train()
-    learner = Learner(weights, settings.clip, weight_decay=0.01)
+    learner = Learner(dict(modules.named_parameters()), settings.clip, weight_decay=0.01)
     run = Run("teacher", {"teacher": learner}, settings, out, resume)
     for step in run:
         rows = batch_indices(len(captions), settings.batch, step, settings.seed)
@@ -319,5 +294,4 @@ def train_unet(
         per_sample.mean().backward()
         run.update()
         run.record(per_sample, output.t)
-    for module in modules.values():
-        module.eval()
+    modules.eval()

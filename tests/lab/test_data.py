@@ -93,7 +93,7 @@ def test_cifar10_that_is_damaged(tmp_path, cifar_batch, monkeypatch):
     third = tmp_path / "data_batch_3.bin"
     third.write_bytes(third.read_bytes()[:-100])
     with pytest.raises(
-        mcm.InputError, match=r"data_batch_3.bin has 30,729,900 bytes instead of 30,730,000"
+        mcm.InputError, match=r"data_batch_3.bin \(30,729,900 bytes\) is not a batch of CIFAR-10"
     ):
         load_data("cifar10", tmp_path)
     third.unlink()
@@ -106,10 +106,10 @@ def test_cifar10_that_is_damaged(tmp_path, cifar_batch, monkeypatch):
     place = tmp_path / "py"
     write_python(place, images, labels)
     (place / "data_batch_2").write_bytes((place / "data_batch_2").read_bytes()[:5000])
-    with pytest.raises(mcm.InputError, match=r"data_batch_2 is not readable .*5,000 bytes found"):
+    with pytest.raises(mcm.InputError, match=r"data_batch_2 \(5,000 bytes\) is not a batch"):
         load_data("cifar10", place)
     write_python(place, images[:, :100], labels)
-    with pytest.raises(mcm.InputError, match=r"\(10000, 100\)"):
+    with pytest.raises(mcm.InputError, match=r"size 1000000 into shape \(10000,3,32,32\)"):
         load_data("cifar10", place)
 
     def no_network(*args, **kwargs):
@@ -147,7 +147,7 @@ def test_averaging_down(tmp_path):
     for size in (16, 3, 0, -2):
         with pytest.raises(
             mcm.InputError,
-            match=f"8 pixels, which cannot be averaged down to {size}: choose 8, 4 or 2",
+            match=f"8 pixels cannot be averaged down to {size}: choose 8, 4 or 2",
         ):
             load_data("digits", image_size=size)
 
@@ -193,23 +193,30 @@ def test_imagenet64_that_is_damaged(tmp_path):
         load_data("imagenet64", tmp_path)
     path = tmp_path / "train_data_batch_1.npz"
     npz(path, 20, data=np.zeros((20, 3072), np.uint8))
-    with pytest.raises(mcm.InputError, match=r"train_data_batch_1.npz: `data` is \(20, 3072\)"):
+    with pytest.raises(
+        mcm.InputError, match=r"train_data_batch_1.npz .* size 61440 into shape \(20,3"
+    ):
+        load_data("imagenet64", tmp_path)
+    npz(path, 20, data=np.zeros((20, 12288), np.float32))
+    with pytest.raises(mcm.InputError, match="data: Cannot cast"):
         load_data("imagenet64", tmp_path)
     np.savez(path, images=np.zeros(3))
-    with pytest.raises(mcm.InputError, match="not a downsampled-ImageNet batch"):
+    with pytest.raises(mcm.InputError, match="not a batch of downsampled ImageNet"):
         load_data("imagenet64", tmp_path)
     npz(path, 20, labels=np.arange(20))
     with pytest.raises(mcm.InputError, match="run from 0 to 19; the official ones are 1..1000"):
         load_data("imagenet64", tmp_path)
     npz(path, 20)
     path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(mcm.InputError, match="train_data_batch_1.npz .100,000 bytes. is not"):
+    with pytest.raises(
+        mcm.InputError, match="train_data_batch_1.npz .100,000 bytes. is not a batch"
+    ):
         load_data("imagenet64", tmp_path)
     npz(path, 20)
     content = bytearray(path.read_bytes())
     content[50_000] ^= 255  # inside the data, where only the checksum sees it
     path.write_bytes(content)
-    with pytest.raises(mcm.InputError, match="truncated or damaged"):
+    with pytest.raises(mcm.InputError, match="or is damaged .data: Bad CRC"):
         load_data("imagenet64", tmp_path)
     assert zipfile.is_zipfile(path)
     rng = np.random.default_rng(0)
@@ -219,19 +226,16 @@ def test_imagenet64_that_is_damaged(tmp_path):
     content = bytearray(path.read_bytes())
     content[60:90] = bytes(30)  # the beginning of the compressed stream
     path.write_bytes(content)
-    with pytest.raises(
-        mcm.InputError, match="is not a downsampled-ImageNet batch|truncated or damaged"
-    ):
+    with pytest.raises(mcm.InputError, match="is not a batch of downsampled ImageNet"):
         load_data("imagenet64", tmp_path)
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         header, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 12288)}
     )
-    with zipfile.ZipFile(path, "w") as archive:
+    np.savez(path, labels=np.ones(20, np.int64))
+    with zipfile.ZipFile(path, "a") as archive:  # a header that promises 12 terabytes
         archive.writestr("data.npy", header.getvalue())
-    with pytest.raises(
-        mcm.InputError, match="promises 12,288,000,000,000 bytes of data and 128 are there"
-    ):
+    with pytest.raises(mcm.InputError, match="or is damaged .data: "):
         load_data("imagenet64", tmp_path)
 
 

@@ -210,7 +210,7 @@ def test_the_number_of_network_evaluations_is_as_counted(teacher, recipe, tmp_pa
     [
         *[(name, dict(latents=None), "learns from images") for name in ("cm", "lcm", "scott")],
         ("mcm", dict(latents=None), "learns from images"),
-        ("lcm", dict(guidance=(1.0, 3.0)), "range of guidance"),
+        ("lcm", dict(guidance=(1.0, 3.0)), "cannot be told its guidance"),
         ("mlcm", dict(reward=None), "give it a reward"),
     ],
 )

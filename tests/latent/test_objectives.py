@@ -208,5 +208,5 @@ def test_the_discriminator_learns_to_tell_real_from_fake(sdxl, diffused):
 def test_an_adversary_needs_something_real(sdxl):
     trained_student(sdxl)
     output = output_of(sdxl, states="teacher")
-    with pytest.raises(mcm.InputError, match="clean images to call real"):
+    with pytest.raises(mcm.InputError, match="needs clean images"):
         Adversarial(sdxl, diffused=False).critic_loss(output)

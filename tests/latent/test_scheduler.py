@@ -129,13 +129,11 @@ def test_round_trip(tmp_path):
 
 def test_bad_input():
     scheduler = MCMScheduler(timesteps=uniform_timesteps([2, 4]))
-    with pytest.raises(
-        mcm.InputError, match="not trained for 3 steps: use num_inference_steps of 2, 4"
-    ):
+    with pytest.raises(mcm.InputError, match="not trained for 3 steps: use 2, 4"):
         scheduler.set_timesteps(3)
     for wrong in ([499, 999], [999, 999], [1000], [], [5, -1]):
         with pytest.raises(mcm.InputError, match="must fall strictly"):
             scheduler.set_timesteps(timesteps=wrong)
     scheduler.set_timesteps(2)
-    with pytest.raises(mcm.InputError, match="is not among"):
+    with pytest.raises(mcm.InputError, match="is none of"):
         scheduler.step(torch.zeros(1, 4, 2, 2), 500, torch.zeros(1, 4, 2, 2))

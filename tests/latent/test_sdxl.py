@@ -338,13 +338,13 @@ def test_files_that_stock_diffusers_would_load_in_part_are_refused(sdxl, tmp_pat
         for k, v in get_peft_model_state_dict(sdxl.unet, adapter_name="student").items()
     }
     save_file(raw, tmp_path / LORA_FILE)
-    with pytest.raises(mcm.InputError, match="raw PEFT file"):
+    with pytest.raises(mcm.InputError, match="158 of 158 have other names, .*base_model.model"):
         sdxl.load("average", tmp_path)
     mixed = diffusers.utils.convert_state_dict_to_diffusers(
         get_peft_model_state_dict(sdxl.unet, adapter_name="student")
     )
     save_file({f"unet.{k}": v.contiguous() for k, v in mixed.items()}, tmp_path / LORA_FILE)
-    with pytest.raises(mcm.InputError, match="mixes two naming schemes"):
+    with pytest.raises(mcm.InputError, match="have other names, .*lora.down"):
         sdxl.load("average", tmp_path)
     (tmp_path / LORA_FILE).write_bytes(b"nonsense")
     with pytest.raises(mcm.InputError, match="not readable"):
@@ -507,5 +507,5 @@ def test_not_an_sdxl_pipeline(saved, tmp_path):
 
 def test_a_hub_id_without_a_network(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(mcm.InputError, match="pass a folder that holds a saved pipeline"):
+    with pytest.raises(mcm.InputError, match="pass a folder with a pipeline"):
         load_pipeline("nobody/no-such-model", torch.float32, torch.device("cpu"))
