@@ -67,8 +67,8 @@ class Config:
     device: str | None = None
     """cpu, cuda or cuda:1 (default: cuda where there is one, else cpu)"""
     precision: Literal["fp32", "bf16"] | None = None
-    """bf16: networks in bfloat16 autocast, losses in float32 (default: bf16 on a GPU that has it,
-    else fp32)"""
+    """bf16: networks in bfloat16; weights, losses and updates in float32 (default: bf16 on a GPU
+    that has it, else fp32)"""
     seed: int = 0
     """of everything but the feature classifier"""
     save_every: int = 500
@@ -205,10 +205,10 @@ def train_student(config: Config, K: int, teacher: mcm.Denoiser, data: ImageData
         network.load_state_dict(teacher.network.state_dict())
     student = mcm.Denoiser(network, teacher.schedule, teacher.prediction, student_steps=K)
     method = method_for(config, K)
-    guided_teacher = guide(teacher, config) if config.method == "cd" else None
     settings = training(config, iterations, config.student_lr, config.student_ema, data)
     about = {"trained_on": data.name, "method": config.method}
     run = DenoiserRun(name, student, settings, config.out, config.resume, **about)
+    guided_teacher = run.frozen(guide(teacher, config)) if config.method == "cd" else None
     for step in run:
         for x, labels, t, noise in run.parts(data):
             asked = {"teacher": guided_teacher, "progress": run.progress}

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mcm
 from mcm.lab.checkpoint import write
-from mcm.lab.options import hardware
+from mcm.lab.options import hardware, pick_device
 from mcm.lab.run import Learner
 
 # what varies; the rest is (channels, image size, batch) as in the first line
@@ -245,7 +245,7 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=3, help="(default: 3)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="(default: a GPU, where there is one)")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU (default: 1)")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the network in training"
@@ -256,9 +256,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # which memory and synchronisation below are about
+    device = pick_device(args.device)
     grid = GRIDS[device.type]
     channels, size, batch = grid["base"]
     result = {

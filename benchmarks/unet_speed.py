@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mcm
 from mcm.lab.checkpoint import write
 from mcm.lab.data import batch_indices, load_data, to_float
-from mcm.lab.options import hardware
+from mcm.lab.options import hardware, pick_device
 from mcm.lab.run import Training
 
 
@@ -275,16 +275,14 @@ def main(argv: list[str]) -> int:
         default=Path("data"),
         help="with --learn: where CIFAR-10 is (default: data)",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="(default: a GPU, where there is one)")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU (default: 1)")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="also write the figures here, as JSON"
     )
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # which memory and synchronisation below are about
+    device = pick_device(args.device)
     made = {name: nearest(make, args.size, args.parameters) for name, (make, _) in NETWORKS.items()}
     missing = [name for name, network in made.items() if network is None]
     if missing:

@@ -45,22 +45,20 @@ def restored_randomness(device: torch.device):
     return torch.random.fork_rng(devices, device_type=device.type)
 
 
-def stratified_times(
-    n: int, device: torch.device, generator: torch.Generator | None = None
-) -> Tensor:
+def stratified_times(n: int, device: torch.device) -> Tensor:
     """(n,) falling times, one uniform on each of n equal parts of (0, 1].
 
     So a batch covers all noise levels evenly, and its loss varies less than with independent draws
     (as with the low-discrepancy sampler of arXiv 2107.00630, which shares one draw). Samples must
     not be in an order of their own: the first of a batch gets the most noise.
     """
-    u = torch.rand(n, device=device, generator=generator, dtype=time_dtype(device))
+    u = torch.rand(n, device=device, dtype=time_dtype(device))
     return 1 - (torch.arange(n, device=device) + u) / n
 
 
-def normal_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def normal_like(x: Tensor) -> Tensor:
     """Standard normal noise of the shape, type and device of x."""
-    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    return torch.randn(x.shape, dtype=x.dtype, device=x.device)
 
 
 def diffusion_loss(
@@ -70,7 +68,6 @@ def diffusion_loss(
     *,
     t: Tensor | None = None,
     noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
 ) -> LossOutput:
     """The v-prediction loss: mean over dimensions of (v - v_hat)^2 = ((x - x_hat) / sigma_t)^2.
 
@@ -78,8 +75,8 @@ def diffusion_loss(
     x; both are drawn when not given.
     """
     schedule = denoiser.schedule
-    t = stratified_times(len(x), x.device, generator) if t is None else t
-    noise = normal_like(x, generator) if noise is None else noise
+    t = stratified_times(len(x), x.device) if t is None else t
+    noise = normal_like(x) if noise is None else noise
     z_t = noised(x, t, noise, schedule)
     x_hat = denoiser(z_t, t, cond)
     per_sample = mean_over_dims(((x - x_hat) / expand(schedule(t)[1], x)) ** 2)
@@ -223,7 +220,7 @@ def _teacher_step(
     # the last one is s itself: rounded to 1e-17, 0 would not be the clean image
     times = [*(t - (t - s) * k / method.sub_steps for k in range(method.sub_steps)), s]
     z = z_t
-    x_step = torch.zeros_like(z_t)
+    x_step = None
     before = (None, None)
     for a, b in pairwise(times):
         x_hat = teacher(z, a, cond)
@@ -239,6 +236,6 @@ def _teacher_step(
             aim = addim_aim(x_hat, z, a, b, schedule, x_var)
         else:
             aim = x_hat
-        x_step = joined_aim(x_step, aim, t, a, b, schedule)
+        x_step = aim if x_step is None else joined_aim(x_step, aim, t, a, b, schedule)
         z = ddim(aim, z, a, b, schedule)
     return x_step, z

@@ -71,10 +71,7 @@ class Method:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         if min(self.teacher_steps) < 1 or self.student_steps > max(self.teacher_steps):
-            raise InputError(
-                f"{self.student_steps} student steps do not fit on a grid of "
-                f"{max(self.teacher_steps)} teacher steps: use fewer, or more teacher steps"
-            )
+            raise InputError(f"{self.student_steps} student steps need as many teacher steps")
 
     def points_per_segment(self, progress: float) -> int:
         """T / K at this fraction of the run (progress in [0, 1])."""

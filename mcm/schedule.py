@@ -6,12 +6,32 @@ sampler's last step returns x_hat itself, and a step from t to t is exactly the 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import InputError
+
+_LEVELS = WeakTensorKeyDictionary()
+
+
+def once(levels: Callable) -> Callable:
+    """alpha and sigma of one tensor of times, computed once: a loss needs them 20 times over."""
+
+    @wraps(levels)
+    def remembered(schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+        if t.requires_grad or t.is_inference():
+            return levels(schedule, t)
+        known = _LEVELS.setdefault(t, {})
+        key = (schedule, t._version)  # it may have been changed in place
+        known[key] = known.get(key) or levels(schedule, t)
+        return known[key]
+
+    return remembered
 
 
 def time_dtype(device: torch.device) -> torch.dtype:
@@ -50,6 +70,7 @@ class CosineSchedule:
         shift_high = 2 * math.log(noise_high / resolution)
         return cls(clip, shift_low, shift_high)
 
+    @once
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t: any shape, in [0, 1] -> alpha, sigma of the same shape and dtype."""
         first, last = 0.0, math.pi / 2
@@ -67,7 +88,8 @@ class CosineSchedule:
             norm = torch.hypot(sin, cos)
             sin = sin / norm
             cos = cos / norm
-        return torch.where(t == 0, 1.0, cos), torch.where(t == 0, 0.0, sin)
+        clean = t == 0
+        return cos.masked_fill(clean, 1.0), sin.masked_fill(clean, 0.0)
 
     def network_time(self, t: Tensor) -> Tensor:
         """What the network is given as its time: t itself."""
@@ -102,6 +124,7 @@ class DiscreteSchedule:
         roots = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64)
         return cls(torch.cumprod(1 - roots**2, 0))
 
+    @once
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t: any shape, in [0, 1] -> alpha, sigma of the same shape and dtype."""
         step = self._step(t)

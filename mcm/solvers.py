@@ -32,13 +32,14 @@ def mean_over_dims(a: Tensor) -> Tensor:
 
 def divide(a: Tensor, b: Tensor, otherwise: float) -> Tensor:
     """a / b where b > 0, elsewhere a constant."""
-    return torch.where(b > 0, a / torch.where(b > 0, b, 1.0), otherwise)
+    none = b <= 0
+    return (a / b.masked_fill(none, 1.0)).masked_fill(none, otherwise)
 
 
 def eps_hat(x_hat: Tensor, z_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     """The noise that x_hat leaves in z_t: (z_t - alpha_t x_hat) / sigma_t, and finite at t = 0."""
     alpha_t, sigma_t = schedule(t)
-    sigma_t = torch.where(sigma_t > 0, sigma_t, 1.0)
+    sigma_t = sigma_t.masked_fill(sigma_t <= 0, 1.0)
     return (z_t - expand(alpha_t, z_t) * x_hat) / expand(sigma_t, z_t)
 
 
@@ -68,9 +69,7 @@ def towards(aim: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Turn an aim into a solver: a DDIM step towards aim(x_hat, z_t, t, s, schedule, ...)."""
 
     @wraps(aim)
-    def step(
-        x_hat: Tensor, z_t: Tensor, t: Tensor, s: Tensor, schedule: Schedule, *more, **options
-    ):
+    def step(x_hat, z_t, t, s, schedule, *more, **options) -> Tensor:
         x = aim(x_hat, z_t, t, s, schedule, *more, **options)
         return ddim(x, z_t, t, s, schedule)
 
@@ -165,16 +164,12 @@ def renoise(
     return expand(alpha_s, z_t) * x_hat + expand(sigma_s, z_t) * noise
 
 
-def _er5(u: Tensor) -> Tensor:
-    """log(exp(lambda^0.3) + 10) at u = log lambda."""
-    return torch.logaddexp(torch.exp(0.3 * u), torch.full_like(u, 10.0).log())
-
-
 # The noise scale functions phi = lambda h(lambda) of arXiv 2309.06169, as log h of u = log lambda.
 NOISE_SCALES = {
     "ode": torch.zeros_like,  # phi = lambda: no noise, DDIM
     "sde": lambda u: u,  # phi = lambda^2: the reverse SDE, ancestral sampling
-    "er5": _er5,  # phi = lambda (exp(lambda^0.3) + 10)
+    # phi = lambda (exp(lambda^0.3) + 10)
+    "er5": lambda u: torch.logaddexp(torch.exp(0.3 * u), torch.full_like(u, 10.0).log()),
 }
 
 

@@ -34,17 +34,15 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        frequencies = 1000 * torch.exp(
-            -math.log(10_000) * torch.arange(channels // 2) / (channels // 2)
-        )
+        exponents = -math.log(10_000) * torch.arange(channels // 2) / (channels // 2)
+        frequencies = 1000 * torch.exp(exponents)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.layers = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         angle = t.float()[:, None] * self.frequencies.float()
-        return self.layers(
-            torch.cat([angle.sin(), angle.cos()], dim=1).to(self.layers[0].weight.dtype)
-        )
+        waves = torch.cat([angle.sin(), angle.cos()], dim=1)
+        return self.layers(waves.to(self.layers[0].weight.dtype))
 
 
 class ResidualBlock(nn.Module):
@@ -83,9 +81,8 @@ class Attention(nn.Module):
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = rearrange(
-            self.qkv(self.norm(x)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads
-        )
+        heads = "b (three n c) h w -> three b n (h w) c"
+        qkv = rearrange(self.qkv(self.norm(x)), heads, three=3, n=self.heads)
         y = F.scaled_dot_product_attention(*qkv)
         return x + self.out(rearrange(y, "b n (h w) c -> b (n c) h w", h=x.shape[2]))
 
@@ -136,10 +133,7 @@ class UNet(nn.Module):
         if channels < 1 or channels % GROUPS:
             raise InputError(f"channels must be a positive multiple of {GROUPS}, not {channels}")
         if min(multipliers) < 1 or blocks < 1 or not 0 <= dropout < 1:
-            raise InputError(
-                f"multipliers {list(multipliers)} and blocks {blocks} must be positive, "
-                f"and dropout {dropout} in [0, 1)"
-            )
+            raise InputError("multipliers and blocks must be positive, dropout in [0, 1)")
         self.classes = classes
         self.blocks = blocks
         width = 4 * channels

@@ -112,7 +112,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(total)
 
 
-class Parallel:
+class Parallel(nn.Module):
     """network, with the gradients averaged over the processes, and dropout of this process's own.
 
     Its seed comes from the random state, which is alike in all processes and left as it was: two
@@ -120,12 +120,13 @@ class Parallel:
     """
 
     def __init__(self, network: nn.Module, device: torch.device):
+        super().__init__()
         self.network = network
         if world_size() > 1:
             self.network = DistributedDataParallel(network, broadcast_buffers=False)
         self.device = device
 
-    def __call__(self, *inputs) -> Tensor:
+    def forward(self, *inputs) -> Tensor:
         with restored_randomness(self.device):
             torch.manual_seed(int(torch.randint(2**31, (1,))) + rank())
             return self.network(*inputs)

@@ -132,14 +132,21 @@ def check_range(config: object, **ranges: tuple[float, float]) -> None:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of this name, or the best there is. Raises InputError if it is not there."""
+    """The device of this name, or the best there is, with its index, and made the current one.
+
+    Raises InputError if it is not there.
+    """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     available = ["cpu"] + ["cuda"] * torch.cuda.is_available() + gpus
     if name not in available:
         known = ", ".join(available)
         raise InputError(f"no --device {name} on this machine, or for this PyTorch: use {known}")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # some of CUDA's functions want an index
+        torch.cuda.set_device(device)
+    return device
 
 
 def pick_precision(name: str | None, device: torch.device) -> str:
@@ -180,6 +187,9 @@ def run(script: str, main: Callable[[list[str]], None], argv: list[str]) -> int:
         return 130
     except InputError as error:
         reason = str(error)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        what = str(error).splitlines()[0]
+        reason = f"no C++ compiler (CPU) or Triton (GPU)? Leave out --compile ({what})"
     except (MemoryError, RuntimeError) as error:
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not memory and "can't allocate memory" not in str(error):

@@ -24,12 +24,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..denoiser import Denoiser
@@ -66,7 +66,7 @@ class Training:
     """The largest gradient norm."""
 
     precision: str = "fp32"
-    """ "fp32", or "bf16": autocast."""
+    """ "fp32", or "bf16": networks compute in bfloat16; weights, losses, updates stay float32."""
 
     augment: bool = False
     """Mirror each image left to right half of the time."""
@@ -100,6 +100,8 @@ class Learner:
     averages: (weights of the same names, decay as a function of the step), each moved towards the
         weights after every update.
     lr_scale: its learning rate as a multiple of the run's.
+    copies: the weights in bfloat16, by the same names, where a network computes with those; they
+        follow every update. (Autocast would cast every weight at every call, and every gradient.)
     """
 
     weights: dict[str, Tensor]
@@ -107,6 +109,7 @@ class Learner:
     averages: Sequence[tuple[dict[str, Tensor], Callable[[int], float]]] = ()
     weight_decay: float = 0.0
     lr_scale: float = 1.0
+    copies: dict[str, Tensor] = field(default_factory=dict)
     lr: float = 0.0
     step: int = 0
     norm: Tensor | None = None
@@ -126,11 +129,31 @@ class Learner:
         self.optimizer.found_inf = (~self.norm.isfinite()).float()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._refresh()
         with torch.no_grad():
             towards = list(self.weights.values())
             for average, decay in self.averages:
                 moved = [average[k] for k in self.weights]
                 torch._foreach_lerp_(moved, towards, 1 - decay(self.step))
+
+    def gather(self) -> None:
+        """Take over the gradients of the copies, in float32: to be called after each backward."""
+        used = [k for k, copied in self.copies.items() if copied.grad is not None]
+        if not used:
+            return
+        wide = [torch.empty_like(self.weights[k]) for k in used]
+        torch._foreach_copy_(wide, [self.copies[k].grad for k in used])  # all in one call
+        before = [self.weights[k].grad for k in used]
+        if before[0] is not None:
+            torch._foreach_add_(wide, before)
+        for key, grad in zip(used, wide):
+            self.weights[key].grad = grad
+            self.copies[key].grad = None
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        if self.copies:
+            torch._foreach_copy_(list(self.copies.values()), list(self.weights.values()))
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:
         averages = {f"average{n}.": weights for n, (weights, _) in enumerate(self.averages)}
@@ -166,6 +189,7 @@ class Learner:
                 state.setdefault(int(index), {})[entry] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._refresh()
 
 
 def same_shape(saved: Tensor, wanted: Tensor) -> Tensor:
@@ -401,18 +425,33 @@ class DenoiserRun(Run):
         learner = Learner(dict(denoiser.named_parameters()), settings.clip, averages)
         segments = denoiser.student_steps or 1
         super().__init__(name, {"model": learner}, settings, out, resume, segments)
-        network = denoiser.network
-        if settings.compile:
-            network = Compiled(network)
-        if processes > 1:
-            network = distributed.Parallel(network, self.device)
         self.model = denoiser
-        if network is not denoiser.network:
-            self.model = Denoiser(
-                network, denoiser.schedule, denoiser.prediction, denoiser.student_steps
-            )
+        if settings.precision == "bf16":
+            self.model = copy.deepcopy(denoiser)
+            learner.copies = dict(self.model.named_parameters())
+        self._make_fast(self.model)
+        if processes > 1:
+            network = distributed.Parallel(self.model.network, self.device)
+            how = (denoiser.schedule, denoiser.prediction, denoiser.student_steps)
+            self.model = Denoiser(network, *how)
         self.metadata = metadata
         self.averaged.metadata = metadata
+
+    def frozen(self, teacher: nn.Module) -> nn.Module:
+        """A copy of a teacher as this run computes: its weights in bfloat16, compiled, if asked."""
+        teacher = copy.deepcopy(teacher)
+        self._make_fast(teacher)
+        return teacher
+
+    def _make_fast(self, model: nn.Module) -> None:
+        if self.settings.precision == "bf16":
+            for weight in model.parameters():  # no buffers: a time's frequencies are not rounded
+                weight.data = weight.data.bfloat16()
+        for part in model.modules():
+            if self.settings.compile and isinstance(part, Denoiser):
+                # networks of equal shape share their code; one graph, so that none is left
+                # uncompiled without a word
+                part.network.compile(fullgraph=True)
 
     def parts(
         self, data: ImageData, label_dropout: float = 0.0
@@ -439,13 +478,12 @@ class DenoiserRun(Run):
                 labels = torch.where(dropped, data.classes, labels)
             t = distributed.shard(stratified_times(n, self.device))
             noise = distributed.shard(torch.randn(n, *x.shape[1:], device=self.device))
-            with self.autocast():
-                yield x, labels, t, noise
+            yield x, labels, t, noise
 
     def backward(self, output: LossOutput) -> None:
         """Add the gradient of a part's loss, and note it for the log."""
-        with torch.autocast(self.device.type, enabled=False):
-            (output.loss * self._share).backward()
+        (output.loss * self._share).backward()
+        self._main.gather()
         self.record(output.per_sample, output.t)
 
     def save_model(self) -> None:
@@ -455,23 +493,6 @@ class DenoiserRun(Run):
             snapshot = copy.deepcopy(self.averaged)  # the next step moves the averages
             path = self.out / f"{self.name}.safetensors"
             self.write_later(save, path, snapshot, **self.averaged.metadata)
-
-
-class Compiled(torch.nn.Module):
-    """network through torch.compile; raises InputError where that cannot be done."""
-
-    def __init__(self, network: torch.nn.Module):
-        super().__init__()
-        self.network = torch.compile(network)
-
-    def forward(self, *inputs) -> Tensor:
-        try:
-            return self.network(*inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"no C++ compiler (CPU) or Triton (GPU)? Leave out --compile ({reason})"
-            ) from None
 
 
 @contextmanager

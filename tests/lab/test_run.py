@@ -4,14 +4,17 @@ import resource
 import shutil
 import signal
 import threading
+from functools import partial
 
 import pytest
 import torch
 from loops import train
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 import mcm
 import mcm.lab.run
+from mcm.lab import options
 from mcm.lab.data import batch_indices, digits, to_float
 from mcm.lab.run import DenoiserRun, Training
 from mcm.method import multistep
@@ -42,7 +45,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("kill_at", [1, 4, 7, 11])
-@pytest.mark.parametrize("kind", ["teacher", "student"])
+@pytest.mark.parametrize("kind", ["teacher", "student", "bf16"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, kill_at, kind):
     """Weights, averaged weights, optimiser and the position in the annealing of the grid, with
     dropout on.
@@ -62,12 +65,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, kill_at
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
     resumed = True
-    reference = train(small(), loss, DATA, settings(), whole, "m")
+    how = settings(precision="bf16" if kind == "bf16" else "fp32")
+    reference = train(small(), loss, DATA, how, whole, "m")
     seen, resumed = [], False
     with pytest.raises(Killed):
-        train(small(), loss, DATA, settings(), broken, "m")
+        train(small(), loss, DATA, how, broken, "m")
     seen, resumed = [], True
-    result = train(small(), loss, DATA, settings(), broken, "m", resume=True)
+    result = train(small(), loss, DATA, how, broken, "m", resume=True)
     assert seen[0] == kill_at // 4 * 4 / 12  # from the last checkpoint, not from the start
     for a, b in zip(result.state_dict().values(), reference.state_dict().values()):
         assert torch.equal(a, b)
@@ -211,19 +215,43 @@ def test_compiled_steps_are_the_same_steps(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiling_without_a_compiler_is_explained(tmp_path, monkeypatch):
+def test_compiling_without_a_compiler_is_explained(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     torch._dynamo.reset()
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(mcm.InputError, match="cannot be compiled here .*leave out --compile"):
-        train(
-            small(0.0),
-            diffusion,
-            DATA,
-            settings(iterations=1, compile=True, batch=8),
-            tmp_path,
-            "m",
-        )
+
+    def main(argv):
+        how = settings(iterations=1, compile=True, batch=8)
+        train(small(0.0), diffusion, DATA, how, tmp_path, "m")
+
+    assert options.run("run_cifar.py", main, []) == 2
+    assert "no C++ compiler" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_each_graph_is_compiled_once(tmp_path, precision, monkeypatch):
+    """A teacher and students of 1, 2, 4 and 8 steps distilled from it in one process, all compiled:
+    a graph for training, one for the student's answer without gradient, one for the frozen
+    teacher's. Networks of equal shape share them. (Traced only, to be quick.)
+    """
+    traced = partial(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: traced(self, **how))
+    torch._dynamo.reset()
+    counters.clear()
+    how = settings(iterations=1, compile=True, batch=8, precision=precision)
+    teacher = train(small(0.0), diffusion, DATA, how, tmp_path, "teacher")
+    for K in (1, 2, 4, 8):
+        student = small(0.0)
+        student.student_steps = K
+        run = DenoiserRun(f"cd-{K}", student, how, tmp_path)
+        frozen = run.frozen(teacher)
+        for _ in run:
+            for x, labels, t, noise in run.parts(DATA):
+                asked = {"teacher": frozen, "t": t, "noise": noise}
+                run.backward(mcm.consistency_loss(run.model, x, labels, multistep(K), **asked))
+            run.update()
+        assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"] and not counters["unimplemented"]
 
 
 def test_average_is_the_recursion(tmp_path):
@@ -407,9 +435,7 @@ def test_batches_are_shuffled_passes_over_the_data():
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_bf16_trains_every_weight(tmp_path, kind):
-    """Autocast's cache of cast weights must not carry the target call's missing gradient over to
-    the student's call.
-    """
+    """Through the copies that the network computes with, which follow."""
 
     def loss(denoiser, x, labels, progress):
         if kind == "teacher":
@@ -425,6 +451,31 @@ def test_bf16_trains_every_weight(tmp_path, kind):
             and after.isfinite().all()
             and not torch.equal(before, after)
         ), name
+
+
+def test_bf16_has_float32s_gradients_to_its_rounding(tmp_path):
+    """Of a batch in one part and in two, whose gradients are added in float32."""
+    gradients = []
+    for precision, parts in (("fp32", 1), ("bf16", 1), ("bf16", 2)):
+        denoiser = small(0.0)
+        torch.manual_seed(1)
+        for p in denoiser.parameters():  # zero-initialised layers would stop every gradient
+            torch.nn.init.normal_(p, std=0.1) if p.ndim == 1 else torch.nn.init.xavier_normal_(p)
+        how = settings(iterations=1, precision=precision)
+        run = DenoiserRun("m", denoiser, how, tmp_path)
+        for _ in run:
+            for x, labels, t, noise in run.parts(DATA):
+                whole = (x, labels, t, noise)
+                run._share = 1 / parts
+                for rows in torch.arange(len(x)).chunk(parts):
+                    x, labels, t, noise = (a[rows] for a in whole)
+                    run.backward(mcm.diffusion_loss(run.model, x, labels, t=t, noise=noise))
+            gradients.append(torch.cat([p.grad.flatten() for p in denoiser.parameters()]))
+            run.update()
+    exact, *others = gradients
+    for other in others:
+        assert other.dtype == torch.float32
+        assert 1e-4 < (other - exact).norm() / exact.norm() < 0.03
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])

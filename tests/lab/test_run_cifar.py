@@ -484,7 +484,7 @@ def test_help_reads_like_documentation(capsys):
         ),
         ("--data digits --multipliers 1 1 1 1 1", "image size 8 is not divisible by 16"),
         ("--data digits --steps 0", "at least 1, not 0"),
-        ("--data digits --steps 200", "200 student steps do not fit on a grid of"),
+        ("--data digits --steps 200", "200 student steps need as many teacher steps"),
         ("--data digits --steps 4 4", "names a student twice"),
         ("--data digits --student-iterations 5 6", "one for each of --steps"),
         ("--data digits --batch 0", "--batch must be positive"),
@@ -494,7 +494,7 @@ def test_help_reads_like_documentation(capsys):
         ),
         ("--data digits --noise-scale 0 1", "--noise-scale must be positive, not 0.0 1.0"),
         ("--data digits --channels -8", "channels must be a positive multiple of 8, not -8"),
-        ("--data digits --dropout 2", "dropout 2.0 in [0, 1)"),
+        ("--data digits --dropout 2", "dropout in [0, 1)"),
         ("--data digits --seed -1", "--seed must be at least 0"),
         ("--data digits --student-ema 1", "--student-ema must be at least 0 and below 1, not 1.0"),
         ("--data digits --grid 64 32", "--grid must be positive and not fall"),
@@ -531,6 +531,25 @@ def test_cuda_that_is_not_there(refused):
         *QUICK.replace("--device cpu", "--device cuda").split(),
         says="no --device cuda on this machine, or for this PyTorch: use cpu",
     )
+
+
+@pytest.mark.parametrize("name, index", [(None, 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_has_its_index(monkeypatch, name, index):
+    """ "cuda" alone is a device to most of PyTorch, and an error to some of it."""
+    chosen = []
+
+    def set_device(device):
+        if torch.device(device).index is None:
+            raise ValueError("Expected a torch.device with a specified index or an integer")
+        chosen.append(torch.device(device).index)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    assert options.pick_device(name) == torch.device("cuda", index) and chosen == [index]
+    for script in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("run_*.py")]:
+        text = script.read_text()
+        assert "set_device(" not in text and "torch.device(args" not in text, script.name
 
 
 def test_bad_teachers(quick, tmp_path, refused):

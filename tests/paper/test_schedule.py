@@ -92,6 +92,20 @@ def test_discrete_schedule_equals_diffusers():
     torch.testing.assert_close(z, reference.add_noise(x, noise, index), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_levels_are_remembered_for_a_tensor_of_times_and_no_other(name):
+    """While it is as it was, for each schedule apart, and not where there is a gradient."""
+    schedule, other = SCHEDULES[name], mcm.CosineSchedule(shift_low=3.0, shift_high=3.0)
+    t = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    before = schedule(t)
+    assert schedule(t)[0] is before[0] and schedule(t.clone())[0] is not before[0]
+    assert not torch.equal(other(t)[0], before[0])
+    t += 0.25
+    assert torch.equal(schedule(t)[0][:1], before[0][1:]) and schedule(t)[0][1] < before[0][1]
+    t.requires_grad_()
+    assert schedule(t)[0] is not schedule(t)[0]
+
+
 @pytest.mark.parametrize(
     "bad",
     [
