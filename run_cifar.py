@@ -343,10 +343,8 @@ def print_expected_end(config: Config, run: DenoiserRun) -> None:
     whole = (3 * config.teacher_iterations + passes * students) * config.batch
     whole += sampled * config.samples
     seconds = run.elapsed() * whole / (3 * 100 * config.batch)
-    print(
-        f"at this speed the run takes about {seconds / 60:.0f} minutes, until "
-        f"{time.strftime('%H:%M', time.localtime(time.time() + seconds))}"
-    )
+    until = time.strftime("%H:%M", time.localtime(time.time() + seconds))
+    print(f"at this speed the run takes about {seconds / 60:.0f} minutes, until {until}")
 
 
 def make_evaluator(config: Config, data: ImageData) -> metrics.Evaluator:
@@ -355,10 +353,8 @@ def make_evaluator(config: Config, data: ImageData) -> metrics.Evaluator:
         inception = distributed.main_first(metrics.Inception).to(data.images.device)
     asked = (data, config.classifier_iterations, features_file(config, data))
     classifier, accuracy = distributed.main_first(lambda: metrics.train_classifier(*asked))
-    print(
-        f"{len(data.images):,} training images, {len(data.held_images):,} held out; the feature "
-        f"classifier is right on {accuracy:.1%} of those"
-    )
+    print(f"{len(data.images):,} training images, {len(data.held_images):,} held out")
+    print(f"the feature classifier is right on {accuracy:.1%} of those held out")
     extractor = inception or classifier
     real = metrics.real_features(data, extractor, config.out.parent)
     return metrics.Evaluator(classifier, accuracy, extractor, real)
@@ -550,9 +546,8 @@ def check(config: Config) -> None:
     positive = ("teacher_iterations", "student_iterations", "batch", "samples", "lr", "student_lr")
     positive += ("classifier_iterations", "accumulate", "n", "save_every", "image_size", "c")
     options.check_positive(config, (*positive, "noise_scale"))
-    options.check_range(
-        config, label_dropout=(0, 1), ema=(0, 1), student_ema=(0, 1), seed=(0, 2**31)
-    )
+    unit = (0, 1)
+    options.check_range(config, label_dropout=unit, ema=unit, student_ema=unit, seed=(0, 2**31))
     given = config.student_iterations
     if isinstance(given, tuple) and len(given) not in (1, len(config.steps)):
         raise mcm.InputError("--student-iterations: give one number, or one for each of --steps")

@@ -20,7 +20,6 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,9 +34,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mcm
+from benchmarks.timing import seconds, training_step
 from mcm.lab.checkpoint import write
-from mcm.lab.options import hardware, pick_device
-from mcm.lab.run import Learner
+from mcm.lab.options import hardware, pick_device, pick_precision
+from mcm.lab.run import Training
 
 # what varies; the rest is (channels, image size, batch) as in the first line
 GRIDS = {
@@ -58,27 +58,16 @@ GRIDS = {
 }
 
 
-def per_call(work: Callable[[], object], device: torch.device, calls: int) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(calls):
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - began) / calls
-
-
 def enough(work: Callable[[], object], device: torch.device) -> int:
     """How many calls fit into a fifth of a second, after one that warms up."""
-    per_call(work, device, 1)
-    return max(1, min(50, int(0.2 / per_call(work, device, 1))))
+    seconds(work, device)
+    return max(1, min(50, int(0.2 / seconds(work, device))))
 
 
 def timed(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median seconds of a call."""
     calls = enough(work, device)
-    return statistics.median(per_call(work, device, calls) for _ in range(repeats))
+    return statistics.median(seconds(work, device, calls) for _ in range(repeats))
 
 
 def peak(device: torch.device, repeats: int) -> float:
@@ -114,38 +103,20 @@ def training(
             torch.empty(batch, dtype=torch.long),
         ).sum().backward()
     unet = network(channels, size, device)
-    x, labels = (
-        torch.rand(batch, 3, size, size, device=device) * 2 - 1,
-        torch.randint(10, (batch,), device=device),
-    )
-    torch._dynamo.reset()  # or after some sizes it would stop compiling, silently
-    model, learner = (
-        mcm.Denoiser(
-            torch.compile(unet, dynamic=False) if args.compile else unet, mcm.CosineSchedule()
-        ),
-        Learner(dict(unet.named_parameters()), 1.0),
-    )
-
-    def step() -> None:
-        learner.lr = 1e-5
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False
-        ):
-            loss = mcm.diffusion_loss(model, x, labels).loss
-        loss.backward()
-        learner.update()
-
+    torch._dynamo.reset()  # other sizes are other graphs
+    precision = pick_precision(None, device)
+    settings = Training(1, batch, precision=precision, compile=args.compile)
+    step = training_step("teacher", unet, settings, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = timed(step, device, args.repeats)
+    taken = timed(step, device, args.repeats)
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    count = sum(p.numel() for p in unet.parameters())
     return {
-        "parameters": count,
+        "parameters": sum(p.numel() for p in unet.parameters()),
         "size": size,
         "batch": batch,
-        "images_per_second": batch / seconds,
-        "flops": counter.get_total_flops() / seconds,
+        "images_per_second": batch / taken,
+        "flops": counter.get_total_flops() / taken,
         "memory_gib": memory,
     }
 
@@ -178,7 +149,7 @@ def sampling(
             works = partial(mcm.sample, model, z, K, labels), partial(bare, K)
             calls = min(enough(work, device) for work in works)
             pairs = [
-                [per_call(work, device, calls) for work in works] for _ in range(4 * args.repeats)
+                [seconds(work, device, calls) for work in works] for _ in range(4 * args.repeats)
             ]
             low, middle, high = statistics.quantiles((a / b for a, b in pairs), n=4)
             rows.append(

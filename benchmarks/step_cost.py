@@ -5,7 +5,7 @@
     python benchmarks/step_cost.py --size 32        a 1.2 M-parameter network on 32x32 images
 
 By counting network passes (a backward pass costs two forward ones): teacher 3, consistency training
-4, distillation 5, so 4/3 and 5/3. A step here is the loss, its gradient and the optimiser. The
+4, distillation 5, so 4/3 and 5/3. A step here is a whole one: batch, loss, gradient and update. The
 three are timed in turn, many times over, and compared repeat by repeat: machines drift.
 """
 
@@ -13,110 +13,65 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mcm
-from mcm import multistep
+from benchmarks.timing import in_turn, quartiles, training_step
+from mcm.lab.checkpoint import write
+from mcm.lab.options import hardware, pick_device, pick_precision
+from mcm.lab.run import Training
 
-parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-)
-parser.add_argument("--size", type=int, default=8, choices=[8, 32], help="image size (default: 8)")
-parser.add_argument("--batch", type=int, default=128, help="(default: 128)")
-parser.add_argument("--repeats", type=int, default=15, help="(default: 15)")
-parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(default: all)")
-parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-parser.add_argument("--json", type=Path, help="also write the figures here")
-args = parser.parse_args()
-
-torch.set_num_threads(args.threads)
-if args.device != "cpu":
-    torch.cuda.set_device(args.device if ":" in args.device else 0)
-torch.manual_seed(0)
-shape = (
-    dict(in_channels=1, channels=48, multipliers=(1, 1), blocks=1, attention=(4,))
-    if args.size == 8
-    else dict(in_channels=3, channels=32)
-)
-network = mcm.UNet(image_size=args.size, classes=10, **shape)
-student = mcm.Denoiser(network, mcm.CosineSchedule()).to(args.device)
-teacher = (
-    mcm.Denoiser(mcm.UNet(**network.arguments), mcm.CosineSchedule())
-    .to(args.device)
-    .requires_grad_(False)
-    .eval()
-)
-optimizer = torch.optim.Adam(student.parameters(), 1e-5, fused=True)
-x = torch.rand(args.batch, shape["in_channels"], args.size, args.size, device=args.device) * 2 - 1
-labels = torch.randint(10, (args.batch,), device=args.device)
-method = multistep(8)
-STEPS = {
-    "teacher": lambda: mcm.diffusion_loss(student, x, labels),
-    "ct": lambda: mcm.consistency_loss(student, x, labels, method),
-    "cd": lambda: mcm.consistency_loss(student, x, labels, method, teacher=teacher),
-}
+LIMITS = {"teacher": "", "ct": "4/3", "cd": "5/3"}
 
 
-def timed(loss) -> float:
-    if args.device != "cpu":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    with torch.autocast(
-        args.device.split(":")[0], torch.bfloat16, enabled=args.device != "cpu", cache_enabled=False
-    ):
-        output = loss()
-    output.loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    if args.device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def network(size: int) -> mcm.UNet:
+    torch.manual_seed(0)
+    if size == 8:
+        return mcm.UNet(8, 1, 48, (1, 1), 1, (4,), classes=10)
+    return mcm.UNet(size, 3, 32, classes=10)
 
 
-for loss in STEPS.values():
-    timed(loss), timed(loss)
-seconds = {name: [] for name in STEPS}
-for _ in range(args.repeats):
-    for name, loss in STEPS.items():
-        seconds[name].append(timed(loss))
-
-device = torch.cuda.get_device_name() if args.device != "cpu" else f"cpu, {args.threads} threads"
-parameters = sum(p.numel() for p in network.parameters()) / 1e6
-print(
-    f"{parameters:.2f} M parameters, {args.size}x{args.size}, batch {args.batch}, {device}, torch "
-    f"{torch.__version__}, median of {args.repeats} [quartiles]"
-)
-print("| step | ms | over the teacher's step | limit |\n|---|---|---|---|")
-figures = {
-    "command": "python benchmarks/step_cost.py " + " ".join(Path(a).name for a in sys.argv[1:]),
-    "parameters_millions": round(parameters, 3),
-    "size": args.size,
-    "batch": args.batch,
-    "device": device,
-    "torch": torch.__version__,
-    "python": platform.python_version(),
-}
-for name, limit in (("teacher", ""), ("ct", "4/3"), ("cd", "5/3")):
-    ratios = sorted(a / b for a, b in zip(seconds[name], seconds["teacher"]))
-    low, middle, high = (
-        ratios[len(ratios) // 4],
-        statistics.median(ratios),
-        ratios[3 * len(ratios) // 4],
-    )
-    print(
-        f"| {name} | {1000 * statistics.median(seconds[name]):.1f} | {middle:.2f} [{low:.2f}, "
-        f"{high:.2f}] | {limit} |"
-    )
-    figures[name] = {
-        "milliseconds": 1000 * statistics.median(seconds[name]),
-        "ratio": middle,
-        "quartiles": [low, high],
+def main(argv: list[str]) -> int:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--size", type=int, default=8, help="image size (default: 8)")
+    parser.add_argument("--batch", type=int, default=128, help="(default: 128)")
+    parser.add_argument("--repeats", type=int, default=15, help="(default: 15)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(default: all)")
+    parser.add_argument("--device", help="(default: a GPU, where there is one)")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    device = pick_device(args.device)
+    settings = Training(1, args.batch, precision=pick_precision(None, device))
+    works = {kind: training_step(kind, network(args.size), settings, device) for kind in LIMITS}
+    taken = in_turn(works, device, args.repeats)
+    parameters = sum(p.numel() for p in network(args.size).parameters()) / 1e6
+    about = f"{args.size}x{args.size}, batch {args.batch}, {hardware(device)}"
+    print(f"{parameters:.2f} M parameters, {about}, torch {torch.__version__}, median [quartiles]")
+    print("| step | ms | over the teacher's step | limit |\n|---|---|---|---|")
+    figures = {
+        "command": "python benchmarks/step_cost.py " + " ".join(Path(a).name for a in argv),
+        "parameters_millions": round(parameters, 3),
+        "size": args.size,
+        "batch": args.batch,
+        "device": hardware(device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
-if args.json:
-    args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    for kind, limit in LIMITS.items():
+        milliseconds = 1000 * quartiles(taken[kind])[1]
+        low, middle, high = quartiles([a / b for a, b in zip(taken[kind], taken["teacher"])])
+        print(f"| {kind} | {milliseconds:.1f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {limit} |")
+        figures[kind] = {"milliseconds": milliseconds, "ratio": middle, "quartiles": [low, high]}
+    if args.json:
+        write(args.json, json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -29,6 +29,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mcm
+from benchmarks.timing import in_turn
 from mcm.lab.checkpoint import write
 from mcm.lab.data import batch_indices, load_data, to_float
 from mcm.lab.options import hardware, pick_device
@@ -178,25 +180,14 @@ def speeds(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             NETWORKS[name][1](networks[name], z, t)
 
-    def rate(work: Callable[[str], None], name: str) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(args.steps):
-            work(name)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return args.steps * args.batch / (time.perf_counter() - began)
-
     rows = {name: {"parameters": parameters(network)} for name, network in networks.items()}
     for kind, work in (("training", train), ("forward", forward)):
+        works = {name: partial(work, name) for name in networks}
+        taken = in_turn(works, device, args.repeats, args.steps)
         for name in networks:
-            rate(work, name)  # warm-up
-        rates = [{name: rate(work, name) for name in networks} for _ in range(args.repeats)]
-        for name in networks:
-            ratios = sorted(r[name] / r["mcm"] for r in rates)
+            ratios = sorted(a / b for a, b in zip(taken["mcm"], taken[name]))
             rows[name][kind] = {
-                "images_per_second": statistics.median(r[name] for r in rates),
+                "images_per_second": args.batch / statistics.median(taken[name]),
                 "over_mcm": statistics.median(ratios),
                 "range": [ratios[0], ratios[-1]],
             }

@@ -43,8 +43,7 @@ class GaussianMixture(nn.Module):
         self.shape = means.shape[1:]
         self.schedule = schedule
         self.student_steps = None
-        if weights is None:
-            weights = torch.ones_like(stds)
+        weights = torch.ones_like(stds) if weights is None else weights
         weights = torch.as_tensor(weights, dtype=stds.dtype)
         self.register_buffer("means", means.flatten(1))
         self.register_buffer("stds", stds)

@@ -136,13 +136,10 @@ def table(results: dict, head: list[str]) -> str:
     seconds = results["seconds"]
     named = {f"K = {k}" if k.isdigit() else k: v for k, v in seconds["students"].items()}
     students = ", ".join(f"{name} {s:.0f}" for name, s in named.items())
-    lines += [
-        "",
-        f"Seconds: teacher {seconds['teacher'] or 0:.0f}, students {students}, "
-        f"evaluation {seconds['evaluation']:.0f}, total {seconds['total']:.0f} "
-        f"({results['hardware']}; processes: {results['processes']}).",
-    ]
-    return "\n".join(lines) + "\n"
+    where = f"{results['hardware']}; processes: {results['processes']}"
+    whole = f"evaluation {seconds['evaluation']:.0f}, total {seconds['total']:.0f} ({where})"
+    teacher = f"teacher {seconds['teacher'] or 0:.0f}"
+    return "\n".join([*lines, "", f"Seconds: {teacher}, students {students}, {whole}.", ""])
 
 
 def report(out: Path, results: dict, head: list[str]) -> None:

@@ -264,14 +264,10 @@ class Evaluator:
         predicted = distributed.gathered(embed(self.classifier, own)[1].to(device)).cpu()
         if not distributed.is_main():
             return {}
-        precision, recall = precision_recall(self.real, features)
+        row = {"frechet": frechet(self.real, features)}
+        row["precision"], row["recall"] = precision_recall(self.real, features)
         right = (predicted == labels).double().mean().item()
-        return {
-            "frechet": frechet(self.real, features),
-            "precision": precision,
-            "recall": recall,
-            "class_accuracy": right if classes > 1 else None,
-        }
+        return row | {"class_accuracy": right if classes > 1 else None}
 
     def floor(self) -> dict:
         """The distance of two halves of the real images."""

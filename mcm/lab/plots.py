@@ -87,9 +87,8 @@ def training_curves(log: Path, path: Path) -> None:
             runs.setdefault(entry["model"], []).append(entry)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=120)
     for (name, entries), colour in zip(runs.items(), COLOURS * (1 + len(runs) // len(COLOURS))):
-        left.plot(
-            [e["step"] for e in entries], [e["loss"] for e in entries], color=colour, label=name
-        )
+        steps, losses = zip(*((e["step"], e["loss"]) for e in entries))
+        left.plot(steps, losses, color=colour, label=name)
         last = [e["loss_by_t"] for e in entries[-max(1, len(entries) // 4) :]]
         means = [[v for v in column if v is not None] for column in zip(*last)]
         points = [((i + 0.5) / len(means), sum(v) / len(v)) for i, v in enumerate(means) if v]

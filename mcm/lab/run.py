@@ -277,6 +277,11 @@ class Run:
         """Note, for the log, further scalars of this step."""
         self._figures |= {key: value.detach() for key, value in figures.items()}
 
+    def forget(self) -> None:
+        """Drop what was recorded of this step."""
+        self._recorded = []
+        self._figures = {}
+
     def __iter__(self) -> Iterator[int]:
         settings = self.settings
         stop = False
@@ -339,8 +344,7 @@ class Run:
     def _close_step(self) -> None:
         per_sample, t = (torch.cat(parts) for parts in zip(*self._recorded))
         self._steps.append(Step(per_sample, t, self._main.norm, self._figures))
-        self._recorded = []
-        self._figures = {}
+        self.forget()
 
     def _asked_to_stop(self, interrupted: Callable[[], bool]) -> bool:
         """Several processes have to agree, and do so every tenth step."""

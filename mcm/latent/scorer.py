@@ -7,9 +7,8 @@ measures it: train two, with other seeds on other pairs.
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,8 @@ from ..lab.data import batch_indices, to_float
 from ..lab.run import Learner, Run, Training
 from ..losses import restored_randomness
 
-
-class Reward(Protocol):
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images: (B, 3, H, W) in [-1, 1]; -> (B,), higher is better, with gradient."""
+Reward = Callable[[Tensor, Sequence[str]], Tensor]
+"""images (B, 3, H, W) in [-1, 1], their prompts -> (B,), higher is better, with gradient."""
 
 
 class Scorer(nn.Module):
@@ -52,9 +49,8 @@ class Scorer(nn.Module):
         self.image = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * c, self.DIM))
         self.words = nn.Embedding(self.WORDS, 64)
         self.places = nn.Parameter(torch.randn(self.LENGTH, 64) * 0.5)
-        layer = nn.TransformerEncoderLayer(
-            64, 4, 128, dropout=0.0, batch_first=True, norm_first=True
-        )
+        how = {"dropout": 0.0, "batch_first": True, "norm_first": True}
+        layer = nn.TransformerEncoderLayer(64, 4, 128, **how)
         self.text = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.from_text = nn.Linear(64, self.DIM)
         self.from_image = nn.Linear(self.DIM, self.DIM)

@@ -139,10 +139,8 @@ class Network(nn.Module):
                 raise InputError(
                     "this UNet takes the guidance scale as an input: pass a condition with omega"
                 )
-            scaled = cond.omega.float() * 1000
-            omega = get_timestep_embedding(
-                scaled, channels, flip_sin_to_cos=False, downscale_freq_shift=1
-            ).to(z.dtype)
+            how = {"flip_sin_to_cos": False, "downscale_freq_shift": 1}
+            omega = get_timestep_embedding(cond.omega.float() * 1000, channels, **how).to(z.dtype)
         added = {"text_embeds": cond.pooled.to(z.dtype), "time_ids": cond.time_ids.to(z.dtype)}
         with active(self.unet, self.names):
             more = {"timestep_cond": omega, "added_cond_kwargs": added}
@@ -269,11 +267,9 @@ class SDXL:
 
         def states() -> Iterator[Tensor]:
             for start in range(0, len(prompts), 64):
-                encoded, _, pooled_part, _ = self.pipe.encode_prompt(
-                    list(prompts[start : start + 64]),
-                    device=self.device,
-                    do_classifier_free_guidance=False,
-                )
+                how = {"device": self.device, "do_classifier_free_guidance": False}
+                texts = list(prompts[start : start + 64])
+                encoded, _, pooled_part, _ = self.pipe.encode_prompt(texts, **how)
                 pooled.append(pooled_part.cpu())
                 yield encoded.cpu()
 
@@ -340,10 +336,7 @@ class SDXL:
             if key.endswith(kinds) and isinstance(module, (nn.Linear, nn.Conv2d)):
                 most = min(module.weight.shape[0], module.weight[0].numel())
                 if self.rank > most:
-                    raise InputError(
-                        f"rank {self.rank} is larger than layer {key} "
-                        f"({tuple(module.weight.shape)}) can use: choose at most {most}"
-                    )
+                    raise InputError(f"rank {self.rank} is more than {key} can use: at most {most}")
 
 
 def read_lora(folder: Path) -> dict[str, Tensor]:
@@ -419,10 +412,8 @@ def load_pipeline(
         parts = json.loads(index.read_text(encoding="utf-8"))
         missing = [part for part in PARTS if part not in parts]
         if missing:
-            raise InputError(
-                f"{source} is a {parts.get('_class_name', 'pipeline of no name')}, not an SDXL "
-                f"pipeline: it has no {', '.join(missing)}"
-            )
+            kind = parts.get("_class_name")
+            raise InputError(f"{source} is a {kind}, and no SDXL pipeline: no {', '.join(missing)}")
     try:
         with warnings.catch_warnings():
             # newer versions of diffusers call the argument dtype; all know this name

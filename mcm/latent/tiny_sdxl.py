@@ -178,9 +178,8 @@ def train_tiny_sdxl(
     autoencoder = make_autoencoder(size)
     words = {word for caption in captions for word in caption.split()}
     vocabulary = 324 if len(set(captions)) > 4 * len(words) else 2000
-    tokenizers = [
-        make_tokenizer(captions, work / name, vocabulary) for name in ("tokenizer", "tokenizer_2")
-    ]
+    folders = (work / "tokenizer", work / "tokenizer_2")
+    tokenizers = [make_tokenizer(captions, folder, vocabulary) for folder in folders]
     encoders = [text_encoder(t, WIDTH, projection=bool(n)) for n, t in enumerate(tokenizers)]
     network = make_unet(size // 4, WIDTH, channels)
     parts = (autoencoder, *encoders, *tokenizers, network, sdxl_scheduler())

@@ -466,7 +466,7 @@ def test_other_schedules_and_prediction_types(saved):
 
 
 def test_rank_larger_than_a_layer(saved):
-    with pytest.raises(mcm.InputError, match=r"rank 64 is larger than layer .* choose at most"):
+    with pytest.raises(mcm.InputError, match=r"rank 64 is more than .* can use: at most"):
         SDXL(load_pipeline(str(saved), torch.float32, torch.device("cpu")), rank=64)
 
 
@@ -496,7 +496,7 @@ def test_not_an_sdxl_pipeline(saved, tmp_path):
     )
     with pytest.raises(
         mcm.InputError,
-        match="StableDiffusionPipeline, not an SDXL pipeline: it has no text_encoder_2",
+        match="StableDiffusionPipeline, and no SDXL pipeline: no text_encoder_2",
     ):
         load_pipeline(str(tmp_path), torch.float32, cpu)
     shutil.copytree(saved, tmp_path / "broken")
