@@ -137,7 +137,7 @@ def called(name: str, out: Path, timeout: float, *arguments: object) -> dict:
     command = [sys.executable, *map(str, arguments)]
     with (out / f"{name}.log").open("w", encoding="utf-8") as log:
         try:
-            how = {"stdout": log, "stderr": subprocess.STDOUT, "timeout": max(5, timeout)}
+            how = {"stdout": log, "stderr": subprocess.STDOUT, "timeout": max(60, timeout)}
             code = subprocess.run(command, cwd=ROOT, **how).returncode
         except subprocess.TimeoutExpired:
             code = "out of time"

@@ -1,12 +1,16 @@
+import argparse
+import copy
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import ablations
 import costs
+import gpu
 import over_seeds
 import questions
 import unet_speed
@@ -215,3 +219,36 @@ def test_networks_of_equal_size_are_compared(tmp_path, monkeypatch, capsys):
         result["rows"]["mcm"]["forward"]["over_mcm"] == 1
         and "| mcm, 1 2 4 |" in capsys.readouterr().out
     )
+
+
+def test_folded_norms_are_the_same_function(network):
+    """Scale and shift of the block folded in; gradients too."""
+    z, t, labels = torch.randn(4, 1, 8, 8), torch.rand(4), torch.arange(4) % 3
+    found = []
+    for net in (network, gpu.folded(copy.deepcopy(network))):
+        out = net(z, t, labels)
+        found.append([out, *torch.autograd.grad(out.square().sum(), list(net.parameters()))])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item())
+    assert not any(type(m) is torch.nn.GroupNorm for m in gpu.folded(network).modules())
+
+
+def test_the_run_on_a_gpu_fits_its_time():
+    """Its options are those of run_cifar.py; the fastest that has been measured decides lengths."""
+    rows = [v | {"ms": 10.0 if v["mode"] == "compiled" else 20.0} for v in gpu.variants(False)]
+    rows[0] = {k: v for k, v in rows[0].items() if k != "ms"} | {"error": "no kernel"}
+    args = argparse.Namespace(data_dir=Path("data"), toy=False)
+    config = run_cifar.parse(list(map(str, gpu.cifar_run(args, rows, 600))))
+    assert config.compile and config.batch == 512 and config.data == "cifar10"
+    taken = (config.teacher_iterations + sum(config.student_iterations)) * 0.010
+    assert 0.8 * 600 < taken < 0.9 * 600 and len(config.student_iterations) == 4
+    args.toy = True
+    assert run_cifar.parse(list(map(str, gpu.cifar_run(args, [], 600)))).data == "digits"
+
+
+def test_variants_begin_with_what_matters():
+    variants = gpu.variants(False)
+    assert len({str(v) for v in variants}) == len(variants) == 2 * 2 * 3 * 3 * 2
+    first = variants[0]
+    assert (first["preset"], first["batch"], first["mode"]) == ("small", 512, "eager")
+    assert variants[-1]["preset"] == "base"
