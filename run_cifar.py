@@ -468,7 +468,7 @@ def head(results: dict) -> list[str]:
 
 
 def in_order(row: dict) -> tuple:
-    return row["model"] == "student", row["sampler"] == "addim", row["steps"]
+    return row["model"] == "student", row.get("recipe"), row["sampler"] == "addim", row["steps"]
 
 
 def report(

@@ -153,10 +153,7 @@ def test_a_run_that_two_began_is_ended_by_one(runs, tmp_path):
 @pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     done = run(2, tmp_path / "run", "--batch", "33")
-    assert (
-        done.returncode != 0
-        and "2 processes .* need a batch of a multiple of 2, not 33esses" in done.stderr
-    )
+    assert done.returncode != 0 and "need a batch of a multiple of 2, not 33" in done.stderr
 
 
 def test_uneven_batches_are_refused_before_anything_is_trained(tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def test_the_feature_classifier_is_good_cached_and_deterministic(tmp_path):
     assert torch.equal(first.features(x), cached.features(x)) and torch.equal(
         first.features(x), again.features(x)
     )
-    with pytest.raises(mcm.InputError, match="delete it or use another"):
+    with pytest.raises(mcm.InputError, match="delete it, or use another"):
         metrics.train_classifier(data, 200, tmp_path / "f.safetensors")
 
 
