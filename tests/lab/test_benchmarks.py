@@ -12,6 +12,7 @@ import ablations
 import costs
 import gpu
 import over_seeds
+import presets
 import questions
 import unet_speed
 
@@ -252,3 +253,12 @@ def test_variants_begin_with_what_matters():
     first = variants[0]
     assert (first["preset"], first["batch"], first["mode"]) == ("small", 512, "eager")
     assert variants[-1]["preset"] == "base"
+
+
+def test_what_a_preset_asks_is_counted():
+    found = presets.counted("cifar10", "small", 10)
+    told = run_cifar.PRESETS["cifar10", "small"][0]
+    assert told.startswith(f"{found['parameters'] / 1e6:.1f} M parameters")
+    assert 0.9e9 < found["flops"] < 1.0e9  # as counted layer by layer in results/README.md
+    # twenty norms with their convolutions keep two images each; none is kept in float32
+    assert 2 * 2**20 < found["bytes"] < 6 * 2**20
