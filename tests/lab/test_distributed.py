@@ -77,6 +77,17 @@ def test_two_processes_train_what_one_does(runs, name):
 
 
 @pytest.mark.slow
+def test_two_processes_train_in_bfloat16_what_one_does(runs, tmp_path):
+    """To the rounding of gradients, which bfloat16 averages: nearer than it is to float32."""
+    for processes in (1, 2):
+        done = run(processes, tmp_path / str(processes), "--precision", "bf16")
+        assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("teacher", "cd-2"):
+        between = apart(tmp_path / "1", tmp_path / "2", name)
+        assert 0 < between < 0.5 * apart(tmp_path / "1", runs[1], name) + 2e-3, name
+
+
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(runs):
     one, two = (json.loads((runs[n] / "results.json").read_text())["rows"] for n in (1, 2))
     for a, b in zip(one, two):

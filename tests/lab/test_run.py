@@ -45,8 +45,10 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("kill_at", [1, 4, 7, 11])
-@pytest.mark.parametrize("kind", ["teacher", "student", "bf16"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, kill_at, kind):
+@pytest.mark.parametrize("kind", ["teacher", "student", "bf16", "compiled"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    tmp_path, kill_at, kind, monkeypatch
+):
     """Weights, averaged weights, optimiser and the position in the annealing of the grid, with
     dropout on.
     """
@@ -65,7 +67,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, kill_at
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
     resumed = True
-    how = settings(precision="bf16" if kind == "bf16" else "fp32")
+    if kind == "compiled":  # traced only, to be quick
+        traced = partial(torch.nn.Module.compile, backend="eager")
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: traced(self, **how))
+    precision = "bf16" if kind == "bf16" else "fp32"
+    how = settings(precision=precision, compile=kind == "compiled")
     reference = train(small(), loss, DATA, how, whole, "m")
     seen, resumed = [], False
     with pytest.raises(Killed):
