@@ -10,7 +10,7 @@ import mcm
 from mcm.denoiser import select
 from mcm.lab.data import to_float
 from mcm.lab.run import Run, Training
-from mcm.latent.distil import Distillation, distil
+from mcm.latent.distil import Distillation, begin_averages, distil
 from mcm.latent.recipes import RECIPES
 from mcm.latent.sdxl import SDXL, unconditional
 from mcm.latent.tiny_sdxl import train_unet
@@ -182,6 +182,24 @@ def test_the_target_and_the_average_are_two_things(teacher, tmp_path):
     assert not torch.equal(student[key], target[key])
     assert not torch.equal(average[key], target[key])
     assert target[key].abs().max() > 0  # where it started
+
+
+def test_a_target_begins_where_the_student_is_in_each_phase(teacher, tmp_path):
+    """Not where an earlier phase has left it."""
+    job = job_of(teacher, tmp_path)
+    for name in ("student", "average", "target"):
+        job.sdxl.add_lora(name)
+    with torch.no_grad():
+        for value in job.sdxl.weights("student").values():
+            value += 0.1
+    phase = RECIPES["lcm"](4).phases[0]
+    averages = begin_averages(job.sdxl, phase, job.settings)
+    student, target, average = (job.sdxl.weights(n) for n in ("student", "target", "average"))
+    assert all(torch.equal(student[k], target[k]) for k in student)
+    assert not any(torch.equal(student[k], average[k]) for k in student)
+    assert [decay(10**6) for _, decay in averages] == [job.settings.ema, phase.target_ema]
+    plain = dataclasses.replace(phase, target_ema=None)
+    assert len(begin_averages(job.sdxl, plain, job.settings)) == 1
 
 
 @pytest.mark.slow
