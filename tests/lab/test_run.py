@@ -45,7 +45,9 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("kill_at", [1, 4, 7, 11])
-@pytest.mark.parametrize("kind", ["teacher", "student", "bf16", "compiled"])
+@pytest.mark.parametrize(
+    "kind", ["teacher", "student", "bf16", pytest.param("compiled", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     tmp_path, kill_at, kind, monkeypatch
 ):
@@ -234,6 +236,7 @@ def test_compiling_without_a_compiler_is_explained(tmp_path, monkeypatch, capsys
     assert "no C++ compiler" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_each_graph_is_compiled_once(tmp_path, precision, monkeypatch):
     """A teacher and students of 1, 2, 4 and 8 steps distilled from it in one process, all compiled:
