@@ -6,7 +6,7 @@ and what they learn from equal images.
     python benchmarks/unet_speed.py
         1.7 M parameters, one CPU thread, under 3 minutes
     python benchmarks/unet_speed.py --parameters 35e6 --batch 256
-        on a GPU: bf16 and channels_last for all of them
+        on a GPU: bf16 and channels_last for all of them (with --compile, compiled)
     python benchmarks/unet_speed.py --learn 2000 --size 16
         train each on CIFAR-10 (--data-dir) at 16x16: 40 minutes on one CPU thread
 
@@ -266,6 +266,7 @@ def main(argv: list[str]) -> int:
         default=Path("data"),
         help="with --learn: where CIFAR-10 is (default: data)",
     )
+    parser.add_argument("--compile", action="store_true", help="each network, by torch.compile")
     parser.add_argument("--device", help="(default: a GPU, where there is one)")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU (default: 1)")
     parser.add_argument(
@@ -287,7 +288,11 @@ def main(argv: list[str]) -> int:
         for name, network in made.items()
         if network is not None
     }
+    if args.compile:
+        for network in networks.values():
+            network.compile()
     about = SimpleNamespace(
+        compiled=args.compile,
         hardware=hardware(device),
         torch=torch.__version__,
         python=platform.python_version(),
