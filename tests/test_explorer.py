@@ -1,0 +1,198 @@
+"""The page of figures that move, in a real browser: its numbers are the library's, its handles
+follow mouse and keys. Skipped where there is no Chromium.
+"""
+
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import mcm
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="pip install -r requirements-dev.txt")
+from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import Select  # noqa: E402
+
+PAGE = Path(__file__).resolve().parent.parent / "tutorials" / "explorer.html"
+BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (BROWSER and DRIVER), reason="chromium and chromium-driver are missing"),
+]
+SCHEDULE = mcm.CosineSchedule()
+MIXTURE = mcm.GaussianMixture(
+    torch.tensor([[-1.0], [1.0]]).double(), torch.tensor([0.2, 0.2]).double()
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    quiet = ("background-networking", "component-update", "sync", "gpu")
+    for flag in ("headless=new", "no-sandbox", "no-first-run", *(f"disable-{q}" for q in quiet)):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser):
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.set_window_size(1280, 1000)
+    browser.get(PAGE.as_uri())
+    yield browser
+    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
+
+
+def said(page, figure):
+    return page.find_element(By.CSS_SELECTOR, f"#{figure} output").text
+
+
+def dot(page, figure, name):
+    return page.find_element(By.CSS_SELECTOR, f"#{figure} [role=slider][aria-label='{name}']")
+
+
+def value(handle):
+    return float(handle.get_attribute("aria-valuenow"))
+
+
+def time(t):
+    return torch.tensor([t]).double()
+
+
+def answer(z, i, K, T):
+    """The perfect student's, from the library's sampler and inverse of a DDIM step."""
+    q = (i - 1) // (T // K) * (T // K)
+    z_t = torch.tensor([[z]]).double()
+    z_q = z_t
+    for n in range(i, q, -1):
+        x_hat = MIXTURE(z_q, time(n / T))
+        z_q = mcm.ddim(x_hat, z_q, time(n / T), time((n - 1) / T), SCHEDULE)
+    return mcm.inverse_ddim(z_q, z_t, time(i / T), time(q / T), SCHEDULE).item()
+
+
+@pytest.mark.parametrize(
+    "z, i, K, T",
+    [(0.3, 64, 1, 64), (0.3, 64, 2, 64), (-1.7, 40, 2, 64), (0.05, 33, 4, 64), (2.0, 8, 8, 16)],
+)
+def test_the_students_answer_is_the_librarys(page, z, i, K, T):
+    assert page.execute_script(f"return student({z}, {i}, {K}, {T})") == pytest.approx(
+        answer(z, i, K, T), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("z, t", [(0.3, 0.5), (-1.2, 0.9), (0.01, 0.2), (3.0, 1.0), (0.4, 0.05)])
+def test_the_teachers_answer_is_the_librarys(page, z, t):
+    expected = MIXTURE(torch.tensor([[z]]).double(), time(t)).item()
+    assert page.execute_script(f"return teacher({z}, {t})") == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "t, s, q", [(0.8, 0.5, 0.2), (0.8, 0.5, 0.5), (0.8, 0.5, 0), (1, 0.9, 0.5)]
+)
+def test_the_teachers_weight_is_the_librarys(page, t, s, q):
+    one = torch.ones(1, 1).double()
+    expected = mcm.solvers.joined_aim(one, 0 * one, time(t), time(s), time(q), SCHEDULE).item()
+    assert page.execute_script(f"return rho({t}, {s}, {q})") == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_spread_of_addim_is_the_librarys(page):
+    """An image of 400 evenly spread numbers, as the page has it."""
+    u = (torch.arange(400).double() + 0.5) / 400
+    z = (math.sqrt(2) * torch.erfinv(2 * u - 1))[None]
+
+    class Pixels(torch.nn.Module):
+        schedule = SCHEDULE
+
+        def forward(self, z, t, cond=None):
+            return MIXTURE(z.reshape(-1, 1), t.expand(z.numel())).reshape(z.shape)
+
+    def step(x_hat, z_t, t, s, schedule):
+        alpha, sigma = schedule(t)
+        v = 0.04 * alpha**2 + sigma**2
+        p = torch.sigmoid(2 * alpha * z_t / v)  # of the right hump
+        means = [(sigma**2 * m + 0.04 * alpha * z_t) / v for m in (-1, 1)]
+        square = (1 - p) * means[0] ** 2 + p * means[1] ** 2
+        x_var = (0.04 * sigma**2 / v + square - x_hat**2).mean(1)
+        return mcm.addim(x_hat, z_t, t, s, schedule, 0.75 * x_var)
+
+    expected = mcm.sample(Pixels(), z, steps=8, solver=step).std(correction=0).item()
+    told = float(re.search(r"spread ([\d.]+)", said(page, "addim"))[1])
+    assert told == pytest.approx(expected, abs=2e-6)  # printed with six places
+
+
+def test_what_the_page_says_of_the_limits(page):
+    s, q = dot(page, "chord", "time s"), dot(page, "chord", "time q")
+    s.send_keys(Keys.HOME)
+    assert "ρ = 1.000000" in said(page, "chord")
+    q.send_keys(Keys.HOME)
+    s.send_keys(Keys.PAGE_UP)
+    assert value(q) == 0 and "ρ = 0.000000" in said(page, "chord")
+
+
+def test_jumps_end_where_the_road_ends(page):
+    for K in ("1", "2", "4", "8", "64"):
+        select = Select(page.find_element(By.CSS_SELECTOR, "#dial [data-name=K]"))
+        select.select_by_visible_text(K)
+        road, jumps = re.findall(r"ends? at (-?[\d.]+)|jumps at (-?[\d.]+)", said(page, "dial"))
+        assert road[0] == jumps[1]
+
+
+def test_a_sweep_brings_one_row_and_without_an_anchor_none(page):
+    sweeps = dot(page, "climb", "sweeps")
+    sweeps.send_keys(Keys.HOME)
+    for n in range(1, 4):
+        sweeps.send_keys(Keys.ARROW_RIGHT)
+        assert said(page, "climb").startswith(f"{n} sweeps: {n} of 16 rows are right")
+    select = Select(page.find_element(By.CSS_SELECTOR, "#climb [data-name=K]"))
+    select.select_by_visible_text("4")
+    assert "12 of 16 rows are right" in said(page, "climb")
+    select.select_by_visible_text("1")
+    page.find_element(By.CSS_SELECTOR, "#climb [data-name=free]").click()
+    assert "0 of 16 rows are right; loss of the last sweep 0.0e+0" in said(page, "climb")
+
+
+@pytest.mark.parametrize(
+    "figure, name, across, up",
+    [
+        ("chord", "time q", 80, 0),
+        ("climb", "sweeps", 120, 0),
+        ("dial", "z at t = 1", 0, 60),
+        ("cliff", "width of the slope", 100, 0),
+        ("addim", "share of the variance", -100, 0),
+        ("noise", "eta", 100, 0),
+        ("noise", "start of the error", -100, 0),
+    ],
+)
+def test_a_handle_follows_the_mouse_and_the_keys(page, figure, name, across, up):
+    handle = dot(page, figure, name)
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", handle)
+    before, text = value(handle), said(page, figure)
+    ActionChains(page).click_and_hold(handle).move_by_offset(across, -up).release().perform()
+    dragged = value(dot(page, figure, name))
+    assert (dragged - before) * (across + up) > 0 and said(page, figure) != text
+    dot(page, figure, name).send_keys(Keys.ARROW_LEFT)
+    assert value(dot(page, figure, name)) < dragged
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_nothing_is_wider_than_the_window(page, width):
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    page.get(PAGE.as_uri())
+    assert page.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_the_page_is_alone():
+    text = PAGE.read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=\"(https?:)?//", text) and len(text) < 100_000
+    for target in re.findall(r'href="([^"#]+)', text):
+        assert (PAGE.parent / target).exists(), target
