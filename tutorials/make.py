@@ -103,11 +103,8 @@ def execute(path: Path) -> nbformat.NotebookNode:
     NotebookClient(notebook, timeout=900, kernel_name="python3", resources=where).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
-        for output in cell.get("outputs", []):
-            if output.output_type == "stream":  # of a progress bar, only its end
-                output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("text", "-").strip()]
+        if cell.cell_type == "code":  # no progress bars
+            cell.outputs = [o for o in cell.outputs if not re.search(r"\d%\|", o.get("text", ""))]
     notebook.metadata.pop("language_info", None)
     return notebook
 
