@@ -143,7 +143,8 @@ def song(student, x, t, noise, T, fresh=False, gradient=False, boundary=True):
     s = t - 1 / T
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t, s)
     z_t = alpha_t * x + sigma_t * noise
-    z_s = alpha_s * x + sigma_s * (noise.flip(0) if fresh else noise)
+    torch.manual_seed(0)  # as in the notebook
+    z_s = alpha_s * x + sigma_s * (torch.randn_like(x) if fresh else noise)
     with torch.set_grad_enabled(gradient):
         below = student(z_s, s)
         below = torch.where((s < 1e-9)[:, None], x, below) if boundary else below
@@ -285,6 +286,8 @@ WRONG = [
     ("2.3", (-0.32, -0.44, -0.75), "for K = 4"),  # fitted over all grids, not the local slope
     ("song_loss", wrong(song, fresh=True), "above the lowest"),
     ("song_loss", wrong(song, gradient=True), "flow through the target"),
+    ("song_loss", lambda *a: 3 * song(*a), "summed over"),
+    ("song_loss", lambda *a: song(*a).detach(), "no gradient"),
     ("song_loss", wrong(song, boundary=False), "at the lowest"),
     ("c_skip, c_out", lambda t: schedule(t), "its sign"),
     ("c_skip, c_out", lambda t: schedule(t)[::-1], "that is sigma"),

@@ -101,7 +101,9 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def numbers(n: int, seed: int = 0) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    # not the numbers that a student gets after manual_seed(0)
+    generator = torch.Generator().manual_seed(31_415 + seed)
+    return torch.randn(n, generator=generator, dtype=torch.float64)
 
 
 def at(value: float, n: int) -> Tensor:
@@ -343,8 +345,10 @@ def asked_with_slope(loss: Callable[[Scaled], Tensor], true: Tensor) -> Tensor:
         return value
     if value.ndim:
         raise Told(f"it has the shape {tuple(value.shape)}; a number is asked for, a mean")
-    slope = torch.autograd.grad(value, student.weight)[0] if value.requires_grad else None
-    if close(value.detach(), true[0], 1e-6) and (slope is None or not close(slope, true[1], 1e-6)):
+    if not value.requires_grad:
+        raise Told("it has no gradient: the student's answer at t must carry one")
+    slope = torch.autograd.grad(value, student.weight)[0]
+    if close(value.detach(), true[0], 1e-6) and not close(slope, true[1], 1e-6):
         raise Told(FLOWS)
     return value
 
@@ -440,14 +444,18 @@ def of_slopes() -> list[Case]:
 
 
 def of_song_loss() -> list[Case]:
-    T, n = 16, 64
-    x, noise = (mixture.means[torch.arange(n) % 2], numbers(n)[:, None])
+    T, n, d = 16, 64, 3
+    noise = numbers(n * d).view(n, d)
+    x = mixture.means[torch.arange(n * d) % 2].view(n, d)
 
     def case(where: str, rows: Tensor) -> Case:
         t = rows.double() / T
         true = loss_and_slope(lambda f: library_loss(f, x, t, noise, T, 1, None))
+        unweighted = library_loss(Scaled(), x, t, noise, T, 1, None, "x").item()
+        traps = ((d * true[0], "summed over an image's numbers; a mean is asked for"),)
+        traps += ((unweighted, "the weight 1 / sigma_t^2 is missing"),)
         ask = lambda mine: asked_with_slope(lambda f: mine(f, x, t, noise, T), true)  # noqa: E731
-        return Case(where, ask, true[0])
+        return Case(where, ask, true[0], traps=traps)
 
     return [
         case("above the lowest grid point", torch.arange(n) % (T - 1) + 2),
