@@ -8,11 +8,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only; no window, no display needed
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure  # not pyplot, whose backend is the user's
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -35,7 +32,7 @@ def sample_rows(
     titles = [textwrap.fill(text, max(8, size * pixels // 7)) for text in columns or []]
     foot = 8 + 13 * max((1 + text.count("\n") for text in titles), default=0)
     width, height = n * size * pixels + 190, len(rows) * size * pixels + 8 + foot
-    figure = plt.figure(figsize=(width / 100, height / 100), dpi=100)
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
     axes = figure.add_axes((190 / width, foot / height, 1 - 195 / width, 1 - (8 + foot) / height))
     axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
     axes.set_yticks([size * (i + 0.5) for i in range(len(rows))], list(rows))
@@ -43,12 +40,12 @@ def sample_rows(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.savefig(path)
-    plt.close(figure)
 
 
 def quality_vs_steps(results: dict, path: Path) -> None:
     """Frechet distance against evaluations per image, a curve for each model and sampler."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=120)
+    figure = Figure(figsize=(6.4, 4.2), dpi=120)
+    axes = figure.subplots()
     curves: dict[str, list] = {}
     for row in results["rows"]:
         # one curve for the students of one recipe
@@ -73,7 +70,6 @@ def quality_vs_steps(results: dict, path: Path) -> None:
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
-    plt.close(figure)
 
 
 def training_curves(log: Path, path: Path) -> None:
@@ -85,7 +81,8 @@ def training_curves(log: Path, path: Path) -> None:
         entry = json.loads(line)
         if entry["loss"] is not None:
             runs.setdefault(entry["model"], []).append(entry)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=120)
+    figure = Figure(figsize=(10, 4), dpi=120)
+    left, right = figure.subplots(1, 2)
     for (name, entries), colour in zip(runs.items(), COLOURS * (1 + len(runs) // len(COLOURS))):
         steps, losses = zip(*((e["step"], e["loss"]) for e in entries))
         left.plot(steps, losses, color=colour, label=name)
@@ -105,4 +102,3 @@ def training_curves(log: Path, path: Path) -> None:
     left.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
-    plt.close(figure)

@@ -656,3 +656,16 @@ def test_a_diverging_run_says_so(tmp_path, refused):
     refused(
         *arguments, "--lr", "1e30", "--out", tmp_path / "run", says="no longer finite, from step"
     )
+
+
+def test_pictures_leave_the_users_backend_alone(tmp_path):
+    """A notebook that imports the library goes on showing its own figures."""
+    code = f"""
+import matplotlib, pathlib, torch
+matplotlib.use("svg")
+from mcm.lab import plots
+plots.sample_rows({{"a": torch.zeros(2, 1, 8, 8)}}, pathlib.Path({str(tmp_path)!r}) / "a.png")
+assert matplotlib.get_backend() == "svg"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "a.png").stat().st_size > 100
