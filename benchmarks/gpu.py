@@ -39,13 +39,13 @@ from mcm.lab.run import Training
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = {name: run_cifar.PRESETS["cifar10", name][1] for name in ("small", "base")}
 TOY = replace(PRESETS["small"], image_size=8, channels=8, multipliers=(1, 1), attention=())
+COMPILE = nn.Module.compile
 MODES = {  # how run.py's `network.compile(fullgraph=True)` is carried out; None: not at all
     "eager": None,
-    "compiled": lambda network, **how: COMPILE(network, **how),
+    "compiled": COMPILE,
     "blocks": lambda network, **how: [COMPILE(block, **how) for block in parts(network)],
     "overhead": lambda network, **how: COMPILE(network, mode="reduce-overhead", **how),
 }
-COMPILE = nn.Module.compile
 
 
 class FoldedNorm(nn.GroupNorm):
