@@ -150,7 +150,7 @@ def main(argv: list[str]) -> None:
     data = distributed.main_first(lambda: load_data(*source)).to(device)
     given = load_teacher(config.teacher, config, data) if config.teacher else None
     if distributed.is_main():
-        checkpoint.open_out(config.out, must_match(config), config.resume)
+        checkpoint.open_out(config.out, must_match(config, data), config.resume)
     evaluator = make_evaluator(config, data)
 
     teacher = given or train_teacher(config, data)
@@ -709,13 +709,13 @@ def introduce(config: Config) -> None:
         print(f"K = {K}: a grid of {points} points, {method.distance} distance, step by {step}")
 
 
-def must_match(config: Config) -> dict:
+def must_match(config: Config, data: ImageData) -> dict:
     """What a run that is resumed must have been begun with."""
     checked_elsewhere = {"student_iterations", "samples", "classifier_iterations"}
     names = ["data", "seed", "guidance", "augment", "init", *PRESET_VALUES]
     teacher = checkpoint.digest(config.teacher) if config.teacher else None
     same = options.values(config, *(name for name in names if name not in checked_elsewhere))
-    return same | {"teacher": teacher}
+    return same | {"teacher": teacher, "images": data.fingerprint()}
 
 
 def run(argv: list[str]) -> int:

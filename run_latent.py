@@ -26,14 +26,14 @@ from torch.nn.functional import interpolate
 import mcm
 from mcm.denoiser import select
 from mcm.lab import checkpoint, evaluation, metrics, options, plots
-from mcm.lab.data import captioned_folder, read_lines
+from mcm.lab.data import captioned_folder, permutation, read_lines
 from mcm.lab.run import Training
 from mcm.latent import shapes
-from mcm.latent.distil import Distillation, distil
+from mcm.latent.distil import Distillation, distil, dry_run
 from mcm.latent.recipes import MILESTONES, RECIPES, Recipe, milestones
 from mcm.latent.scheduler import MCMScheduler, re_noising_timesteps, uniform_timesteps
 from mcm.latent.scorer import CLIPReward, Scorer, train_scorer
-from mcm.latent.sdxl import LORA_FILE, SDXL, load_pipeline, unconditional
+from mcm.latent.sdxl import LORA_FILE, SDXL, load_pipeline
 from mcm.latent.tiny_sdxl import train_tiny_sdxl
 
 
@@ -71,8 +71,9 @@ class Config:
     """fine-tune the whole UNet instead of a LoRA"""
     guidance_range: tuple[float, float] | None = None
     """with --full: draw the teacher's guidance from this range and tell the student"""
-    checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
+    checkpointing: bool | None = None
+    """recompute activations in the backward pass: less memory, more time (default: with
+    --pretrained)"""
     accumulate: int = 1
     """put the batch through the network in this many parts"""
     clip: str | None = None
@@ -131,25 +132,31 @@ def main(argv: list[str]) -> None:
         dtype = torch.bfloat16 if bf16 else torch.float32
         pipe = load_pipeline(config.pretrained, dtype, device)
         data = data or load_data(config, pipe.unet.config.sample_size * pipe.vae_scale_factor)
-    checkpoint.open_out(config.out, must_match(config), config.resume)
+    checkpoint.open_out(config.out, must_match(config, data), config.resume)
     source = Path(config.pretrained) if config.pretrained else tiny_pipeline(config, data, device)
     if not config.pretrained:
         pipe = load_pipeline(str(source), torch.float32, device)
     reward, judge = make_scorers(config, data, source, device)
     seconds = {"teacher": round(time.perf_counter() - started, 1), "students": {}}
 
-    sdxl = SDXL(pipe, config.rank, checkpointing=config.checkpointing)
+    checkpointing = config.checkpointing
+    checkpointing = bool(config.pretrained) if checkpointing is None else checkpointing
+    sdxl = SDXL(pipe, config.rank, checkpointing=checkpointing)
+    checkpoint.must_be(config.out, weights=sdxl.fingerprint())
     job = prepare(config, data, sdxl)
     evaluator = Evaluator(config, data, sdxl, reward, judge, source.name)
     for part in (pipe.text_encoder, pipe.text_encoder_2):
         part.to("cpu")  # all texts are encoded now
+    job.reward = reward
+    students = students_of(config, sdxl, reward is not None)
+    if config.pretrained:
+        try_out(config, job, students)
     measure_teacher(config, evaluator)
     if reward:  # the level to reach is that of the teacher's own images
-        job.reward = reward
         job.reward_level = evaluator.score(evaluator.teacher_images()[:100]).mean().item()
 
     drawn = {}
-    for student in students_of(config, reward is not None):
+    for student in students:
         seconds["students"][student.name] = train_student(config, job, student, source)
         measure_student(config, evaluator, student)
         drawn |= draw_student(config, evaluator, student)
@@ -186,65 +193,96 @@ class Student:
         file = "unet/diffusion_pytorch_model.safetensors" if config.full else LORA_FILE
         return config.out / self.name / file
 
+    def is_finished(self, config: Config) -> bool:
+        done = config.out / self.name / "finished.json"
+        return config.resume and done.is_file() and self.weights(config).is_file()
 
-def students_of(config: Config, has_reward: bool) -> list[Student]:
+
+def students_of(config: Config, sdxl: SDXL, has_reward: bool) -> list[Student]:
     """Each recipe as this run has it, once, or once for each number of steps."""
     students = []
+    train_steps = len(sdxl.schedule.alphas_cumprod)
     for name in config.recipe:
         each = [None] if RECIPES[name](4).renoise else config.steps
         for K in each:
-            recipe = adapted(RECIPES[name](K or 4), config, has_reward)
+            recipe = adapted(RECIPES[name](K or 4), config, has_reward, train_steps)
             students.append(Student(f"{name}-{K}" if K else name, name, recipe, K))
     return students
 
 
-def adapted(recipe: Recipe, config: Config, has_reward: bool) -> Recipe:
-    """With what this run decides: whether runs of the teacher are shared; a preference or none."""
+def adapted(recipe: Recipe, config: Config, has_reward: bool, train_steps: int) -> Recipe:
+    """With what this run decides: whether runs of the teacher are shared; a preference or none.
+
+    train_steps: of the pipeline's schedule. A grid is at most as fine.
+    """
     phases = []
     for phase in recipe.phases:
         kept = [o for o in phase.objectives if o[0] != "preference" or has_reward]
         shared = config.share_run and phase.states == "teacher"
-        phases.append(replace(phase, objectives=tuple(kept), share_rollout=shared))
+        K, grid = phase.method.student_steps, phase.method.teacher_steps
+        coarser = min(1, train_steps // K * K / max(grid))
+        skip = max(1, round(phase.method.skip * coarser))
+        grid = tuple(max(1, int(n * coarser)) for n in grid)
+        method = replace(phase.method, teacher_steps=grid, skip=skip)
+        changes = {"method": method, "objectives": tuple(kept), "share_rollout": shared}
+        phases.append(replace(phase, **changes))
     return replace(recipe, phases=tuple(phases))
+
+
+def try_out(config: Config, job: Distillation, students: list[Student]) -> None:
+    """A step of every phase that is still to be trained, before anything long."""
+    for student in students:
+        if not student.is_finished(config):
+            print(f"{student.name}: trying one step of each phase")
+            settings = settings_of(config, job, student)
+            dry_run(replace(job, settings=settings, name=student.name), student.recipe)
+    if job.sdxl.device.type == "cuda":
+        used, free = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+        print(f"it fits: at most {used / 2**30:.1f} of {free / 2**30:.1f} GiB in use")
 
 
 def train_student(config: Config, job: Distillation, student: Student, source: Path) -> float:
     """Train and save a student, or load a finished one. -> the seconds that training took."""
     out = config.out / student.name
     finished = out / "finished.json"
-    if config.resume and finished.is_file() and student.weights(config).is_file():
+    if student.is_finished(config):
         job.sdxl.load("average", out, config.full)
         return json.loads(finished.read_text(encoding="utf-8"))["seconds"]
     out.mkdir(exist_ok=True)
-    recipe = student.recipe
-    iterations = config.iterations
-    if iterations is None:
-        whole = 1000 * config.evaluations / (config.batch * recipe.evaluations())
-        iterations = max(len(recipe.phases), round(whole))
-    more = options.values(config, "seed", "ema", "accumulate")
-    more["precision"] = precision_of(config, job.sdxl.device)
-    settings = training(config, iterations, config.batch, config.lr, **more)
-    seconds = distil(replace(job, settings=settings, name=student.name), recipe)
+    settings = settings_of(config, job, student)
+    seconds = distil(replace(job, settings=settings, name=student.name), student.recipe)
     job.sdxl.save(out)
-    table = re_noising_timesteps() if recipe.renoise else uniform_timesteps([student.K])
+    train_steps = len(job.sdxl.schedule.alphas_cumprod)
+    table = uniform_timesteps([student.K or 1], train_steps)
+    if student.recipe.renoise:
+        table = re_noising_timesteps(train_steps)
     scheduler = MCMScheduler.like(job.sdxl.pipe.scheduler, table)
     scheduler.save_pretrained(out)
-    card = model_card(config, student, source, iterations)
+    card = model_card(config, student, source, settings.iterations)
     checkpoint.write(out / "README.md", card)
     checkpoint.write(finished, json.dumps({"seconds": round(seconds, 1)}))
     return seconds
 
 
+def settings_of(config: Config, job: Distillation, student: Student) -> Training:
+    iterations = config.iterations
+    if iterations is None:
+        whole = 1000 * config.evaluations / (config.batch * student.recipe.evaluations())
+        iterations = max(len(student.recipe.phases), round(whole))
+    more = options.values(config, "seed", "ema", "accumulate")
+    more["precision"] = precision_of(config, job.sdxl.device)
+    return training(config, iterations, config.batch, config.lr, **more)
+
+
 def forget(config: Config, sdxl: SDXL, student: Student) -> None:
     """Make room for the next student."""
-    for name in [name for name in sdxl.unets if name]:
-        sdxl.remove(name)
+    sdxl.remove_all()
     for state in config.out.glob(f"{student.name}-[0-9].state.*safetensors"):
         state.unlink()
 
 
 def precision_of(config: Config, device: torch.device) -> str:
-    by_itself = "bf16" if config.pretrained and device.type == "cuda" else "fp32"
+    by_itself = options.pick_precision(None, device) if config.pretrained else "fp32"
     return config.precision or by_itself
 
 
@@ -278,6 +316,13 @@ class CaptionedImages:
     real: Tensor | None
     scenes: list[shapes.Scene] = field(default_factory=list)
 
+    def fingerprint(self, *about) -> str:
+        """8 hex digits that change with the captions, or with every fiftieth image."""
+        total = hashlib.sha256(repr((self.name, self.prompts, *about)).encode())
+        if self.images is not None:
+            total.update(self.images[::50].numpy().tobytes())
+        return total.hexdigest()[:8]
+
 
 def load_data(config: Config, image_size: int) -> CaptionedImages:
     if not config.data and not config.prompts:
@@ -288,7 +333,8 @@ def load_data(config: Config, image_size: int) -> CaptionedImages:
         prompts, images = captioned_folder(config.data, image_size, folder)
         least = 128  # to measure a distribution
     else:
-        prompts = [line for _, line in read_lines(config.prompts)]
+        lines = [line for _, line in read_lines(config.prompts)]
+        prompts = [lines[i] for i in permutation(len(lines), 0, 0)]  # files have an order
         images = None
         least = 1
     n = len(prompts) // 10
@@ -297,10 +343,11 @@ def load_data(config: Config, image_size: int) -> CaptionedImages:
             f"{config.data or config.prompts} has {len(prompts)} captions; at least {10 * least:,} "
             "are needed, to hold a tenth out for measuring"
         )
-    if images is None:
-        asked = [prompts[:n][i % n] for i in range(config.samples)]
-        return CaptionedImages(config.prompts.stem, prompts[n:], None, asked, None)
     asked = prompts[:n][: config.samples]
+    if len(asked) < config.samples:
+        print(f"{n} captions, a tenth, are held out: each row has {n} images")
+    if images is None:
+        return CaptionedImages(config.prompts.stem, prompts[n:], None, asked, None)
     return CaptionedImages(config.data.name, prompts[n:], images[n:], asked, images[:n])
 
 
@@ -316,10 +363,8 @@ def drawn_shapes(config: Config) -> CaptionedImages:
 
 def tiny_pipeline(config: Config, data: CaptionedImages, device: torch.device) -> Path:
     """-> where the pipeline is that was trained on this data, now or earlier."""
-    about = (data.name, data.prompts, config.vae_iterations, config.teacher_iterations)
-    mark = hashlib.sha256(repr(about).encode() + data.images[::50].numpy().tobytes())
-    folder = config.out.parent / f"tiny-sdxl-{data.name}-{mark.hexdigest()[:8]}"
-    folder = config.pipeline or folder
+    mark = data.fingerprint(config.vae_iterations, config.teacher_iterations)
+    folder = config.pipeline or config.out.parent / f"tiny-sdxl-{data.name}-{mark}"
     if (folder / "model_index.json").is_file():
         print(f"the tiny pipeline is there already: {folder}")
     else:
@@ -338,22 +383,24 @@ def make_scorers(
     The judge, for where no exact reader can: another seed, other images.
     """
     clip = CLIPReward(config.clip, device) if config.clip else None
+    if config.pretrained and not clip:
+        # a scorer of 32x32 pixels would be a poor guide for an SDXL
+        print("without --clip there is no reward here: preference phases are left out")
     if data.images is None:
-        if not clip:
-            print("without images or --clip there is no reward: preference phases are left out")
         return clip, None
     folder = config.out / "pretrained" if config.pretrained else source
     half = len(data.prompts) // 2
     small = torch.cat([shrunk(part) for part in data.images.split(256)])
     parts = {"reward": slice(0, half), "evaluator": slice(half, None)}
+    needed = {"reward": not config.pretrained, "evaluator": not data.scenes}
     scorers = {}
     for seed, (name, part) in enumerate(parts.items(), 1):
-        if name == "reward" or not data.scenes:
+        if needed[name]:
             settings = training(config, config.scorer_iterations, 96, 2e-3, seed=seed)
             path = folder.parent / f"{folder.name}-{name}-{config.scorer_iterations}.safetensors"
             images = small[part].to(device)
             scorers[name] = train_scorer(images, data.prompts[part], settings, path)
-    return clip or scorers["reward"], scorers.get("evaluator")
+    return clip or scorers.get("reward"), scorers.get("evaluator")
 
 
 def shrunk(images: Tensor, size: int = 32) -> Tensor:
@@ -431,7 +478,7 @@ class Evaluator:
         return torch.cat([self.sdxl.to_images(part).clamp(-1, 1).cpu() for part in parts])
 
     def teacher(self) -> nn.Module:
-        return mcm.guided(self.sdxl.denoiser(), self.config.guidance, unconditional)
+        return mcm.guided(self.sdxl.denoiser(), self.config.guidance, self.sdxl.unconditional)
 
     def teacher_images(self) -> Tensor:
         """Its 25 steps. The latents are kept in teacher.safetensors: on SDXL that saves minutes."""
@@ -564,7 +611,7 @@ def model_card(config: Config, student: Student, source: Path, iterations: int) 
     recipe = student.recipe
     steps = [student.K] if student.K else sorted(MILESTONES)
     imports = "from diffusers import StableDiffusionXLPipeline"
-    load = f'pipe.load_lora_weights("{out}")'
+    load = f'pipe.load_lora_weights("{out}", weight_name="{LORA_FILE}")'
     if config.full:
         imports += ", UNet2DConditionModel"
         load = f'pipe.unet = UNet2DConditionModel.from_pretrained("{out}/unet").to(pipe.device)'
@@ -595,7 +642,8 @@ step counts was trained; eta = 0 walks on along DDIM, as a recipe with one model
 Steps: {", ".join(map(str, steps))}. No guidance is needed: the teacher's
 (w = {config.guidance_range or config.guidance}) was distilled into the weights.
 Rank {config.rank}, alpha {config.rank}; seed {config.seed}; {iterations} iterations of
-{config.batch}.
+{config.batch}. Made with {", ".join(f"{n} {sys.modules[n].__version__}" for n in PACKAGES)}: where
+a pipeline was saved with transformers 5, versions 4 may read its text encoders wrongly.
 """
 
 
@@ -623,7 +671,7 @@ def report(config: Config, where: dict, evaluator: Evaluator, seconds: dict) -> 
     if data.scenes:
         alignment = "images that an exact reader finds to show all that the caption says"
     recipes = {}
-    for student in students_of(config, evaluator.reward is not None):
+    for student in students_of(config, evaluator.sdxl, evaluator.reward is not None):
         recipes[student.name] = dataclasses.asdict(student.recipe)
         recipes[student.name]["evaluations_per_sample"] = student.recipe.evaluations()
     results = {
@@ -759,10 +807,14 @@ def parse(argv: list[str]) -> Config:
     if given.get("recipe") == ("all",):
         given["recipe"] = tuple(RECIPES)
     preset = "pretrained" if "pretrained" in given else given.get("preset", Config.preset)
-    return Config(**PRESETS[preset][1] | given)
+    length = {"iterations", "evaluations"} & given.keys()
+    if len(length) == 2:
+        raise mcm.InputError("--iterations and --evaluations: each says how long, so give one")
+    dropped = {"iterations": None, "evaluations": None} if length else {}
+    return Config(**PRESETS[preset][1] | dropped | given)
 
 
-def must_match(config: Config) -> dict:
+def must_match(config: Config, data: CaptionedImages) -> dict:
     """What a run that is resumed must have been begun with."""
     names = [name for name in PRESET_VALUES if name != "samples"]
     same = options.values(config, "seed", "full", "clip", "guidance_range", *names)
@@ -770,11 +822,11 @@ def must_match(config: Config) -> dict:
     same["data"] = config.data and config.data.name
     same["prompts"] = config.prompts and checkpoint.digest(config.prompts)
     same["pipeline"] = config.pipeline and config.pipeline.name
-    return same
+    return same | {"images": data.fingerprint()}
 
 
 def run(argv: list[str]) -> int:
-    return options.run("run_latent.py", main, argv)
+    return options.run("run_latent.py", main, argv, "--checkpointing, a smaller --batch or --rank")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ def pipeline(size: str, device: torch.device, dtype: torch.dtype) -> SimpleNames
         vae=vae,
         text_encoder=None,
         text_encoder_2=None,
+        config=SimpleNamespace(force_zeros_for_empty_prompt=True),
         scheduler=scheduler,
         vae_scale_factor=2 ** (len(channels) - 1),
     )

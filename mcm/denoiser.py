@@ -62,9 +62,8 @@ class Denoiser(nn.Module):
         # Asking a GPU whether all t are 0 would stall its queue; there at_zero alone does the same.
         if t.device.type == "cpu" and not t.any():
             return wide
-        dtype = wide.dtype
-        if isinstance(self.network, nn.Module):
-            dtype = next(iter(self.network.parameters()), wide).dtype
+        weights = self.network.parameters() if isinstance(self.network, nn.Module) else ()
+        dtype = next(iter(weights), wide).dtype
         output = self.network(wide.to(dtype), self.schedule.network_time(t), cond).to(wide.dtype)
         alpha, sigma = (expand(a, wide) for a in self.schedule(t))
         if self.prediction == "v":
@@ -98,7 +97,7 @@ class Guided(nn.Module):
     w: a number, (B,), or a function that finds it in cond.
     null_cond: what "no condition" is to the network, or a function that makes it from cond; None is
         passed on as None.
-    `conditional` is the denoiser without guidance.
+    `conditional` is the denoiser without guidance; `both` gives its answer too.
     """
 
     def __init__(self, denoiser: nn.Module, w: float | Tensor | Callable, null_cond: Any = None):
@@ -110,17 +109,21 @@ class Guided(nn.Module):
         self.student_steps = getattr(denoiser, "student_steps", None)
 
     def forward(self, z: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        return self.both(z, t, cond)[0]
+
+    def both(self, z: Tensor, t: Tensor, cond: Any = None) -> tuple[Tensor, Tensor]:
+        """-> x_hat with guidance, and without."""
         null = self.null_cond(cond) if callable(self.null_cond) else self.null_cond
         null = null.expand_as(cond) if isinstance(null, Tensor) else null
         if cond is None or null is None:
             x_null = self.conditional(z, t, null)
             x_cond = self.conditional(z, t, cond)
         else:  # in one batch
-            both = self.conditional(torch.cat([z, z]), torch.cat([t, t]), joined(null, cond))
-            x_null, x_cond = both.chunk(2)
+            answers = self.conditional(torch.cat([z, z]), torch.cat([t, t]), joined(null, cond))
+            x_null, x_cond = answers.chunk(2)
         w = self.w(cond) if callable(self.w) else self.w
         w = expand(w, z) if isinstance(w, Tensor) else w
-        return x_null + w * (x_cond - x_null)
+        return x_null + w * (x_cond - x_null), x_cond
 
 
 guided = Guided  # as in guided(denoiser, w)

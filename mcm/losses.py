@@ -219,19 +219,18 @@ def _teacher_step(
     """The teacher's sub-steps. -> the x towards which one DDIM step does the same, and z_s."""
     # the last one is s itself: rounded to 1e-17, 0 would not be the clean image
     times = [*(t - (t - s) * k / method.sub_steps for k in range(method.sub_steps)), s]
+    both = getattr(teacher, "both", lambda *inputs: (teacher(*inputs),) * 2)
     z = z_t
     x_step = None
     before = (None, None)
     for a, b in pairwise(times):
-        x_hat = teacher(z, a, cond)
+        x_hat, x_plain = both(z, a, cond)  # with guidance, if it is guided, and without
         if method.teacher_eta:
             aim = er_sde_aim(x_hat, z, a, b, schedule, *before, method.teacher_eta)
             before = (x_hat, a) if method.solver_order == 2 else (None, None)
         elif method.x_var:
             x_var = None  # "prior" is addim's own default
             if method.x_var == "mse":  # the error of the teacher *without* guidance
-                conditional = getattr(teacher, "conditional", None)
-                x_plain = conditional(z, a, cond) if conditional else x_hat
                 x_var = method.x_var_fraction * mean_over_dims((x_plain - x).to(a.dtype) ** 2)
             aim = addim_aim(x_hat, z, a, b, schedule, x_var)
         else:

@@ -8,7 +8,7 @@ sampler's last step returns x_hat itself, and a step from t to t is exactly the 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 
 import torch
 from torch import Tensor
@@ -32,6 +32,12 @@ def once(levels: Callable) -> Callable:
         return known[key]
 
     return remembered
+
+
+@lru_cache(maxsize=64)
+def copied(table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A table on another device, or in another dtype, copied once."""
+    return table.to(device, dtype)
 
 
 def time_dtype(device: torch.device) -> torch.dtype:
@@ -128,7 +134,7 @@ class DiscreteSchedule:
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t: any shape, in [0, 1] -> alpha, sigma of the same shape and dtype."""
         step = self._step(t)
-        return self._alpha.to(t.device, t.dtype)[step], self._sigma.to(t.device, t.dtype)[step]
+        return tuple(copied(a, t.device, t.dtype)[step] for a in (self._alpha, self._sigma))
 
     def network_time(self, t: Tensor) -> Tensor:
         """What the network is given: the index (int64) that t means; 0 at t = 0, where it is not

@@ -21,8 +21,8 @@ from .schedule import Schedule
 
 
 def expand(a: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ..., 1) in the dtype of `like`, to broadcast over it."""
-    return a.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    """(B,) -> (B, 1, ..., 1) in the dtype of `like` and on its device, to broadcast over it."""
+    return a.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def mean_over_dims(a: Tensor) -> Tensor:

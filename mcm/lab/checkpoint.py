@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -173,24 +174,48 @@ def make_folder(folder: Path, option: str) -> None:
         ) from None
 
 
+HELD: list[FileLock] = []
+"""On the folders that runs of this process write to."""
+
+
 def open_out(out: Path, config: dict, resume: bool) -> None:
     """Make the folder of a run, or refuse it; run.json marks it as ours and says what it is for.
 
     config: what must stay as it was when the run is resumed.
-    Raises InputError if the folder cannot be written to, or holds another run.
+    No other run can open it before `close_out`, or before this process ends, however it does.
+    Raises InputError if the folder cannot be written to, is in use, or holds another run.
     """
     marker = out / "run.json"
-    config = json.loads(json.dumps(config))  # as it is read: with lists for tuples
     make_folder(out, "--out")
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+        HELD.append(lock)
+    except Timeout:
+        raise InputError(
+            f"another run is writing to {out} right now: wait for it, or choose another --out"
+        ) from None
     if (marker.exists() or (out / "results.json").exists()) and not resume:
         raise InputError(
             f"{out} holds another run's results: continue it with --resume, or choose another --out"
         )
-    if marker.exists():
-        before = json.loads(marker.read_text(encoding="utf-8"))
-        differ = [k for k in config if before.get(k) != config[k]]
-        if differ:
-            old, new = (", ".join(f"{k} {a.get(k)}" for k in differ) for a in (before, config))
-            reason = f"{out} holds a run with {old}, but now it is {new}"
-            raise InputError(f"{reason}: give the old values, or choose another --out")
-    write(marker, json.dumps(config))
+    must_be(out, **config)
+
+
+def close_out() -> None:
+    """Let other runs have the folders that this process has opened."""
+    while HELD:
+        HELD.pop().release()
+
+
+def must_be(out: Path, **values) -> None:
+    """Note in run.json what a run was begun with; raises InputError where it was something else."""
+    marker = out / "run.json"
+    before = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else {}
+    values = json.loads(json.dumps(values))  # as they are read: with lists for tuples
+    differ = [k for k in values if k in before and before[k] != values[k]]
+    if differ:
+        old, new = (", ".join(f"{k} {a[k]}" for k in differ) for a in (before, values))
+        reason = f"{out} holds a run with {old}, but now it is {new}"
+        raise InputError(f"{reason}: give the old values, or choose another --out")
+    write(marker, json.dumps(before | values))

@@ -3,7 +3,9 @@
 And which of them make up the batch of a step.
 """
 
+import csv
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -353,20 +355,28 @@ def cat_on_disk(parts: Iterable[Tensor], folder: Path | None = None) -> Tensor:
 def captioned_folder(
     data_dir: Path, image_size: int, folder: Path | None = None
 ) -> tuple[list[str], Tensor]:
-    """Captioned images: metadata.jsonl with a `file_name` and a `text` per line.
+    """Captioned images, as the image-folder convention of the datasets library has them.
 
-    (The image-folder convention of the datasets library.)
+    metadata.jsonl or metadata.csv, here or in sub-folders, with a `file_name` (seen from there) and
+    a `text` or `caption` per line.
     -> captions, images (n, 3, image_size, image_size) uint8 as `read_images` makes them, in an
     order shuffled once and for all. The images are kept on disk, if a folder for them is given.
     Raises InputError, naming the line, for anything missing.
     """
-    entries = captions_of(data_dir / "metadata.jsonl")
+    listings = sorted(p for end in ("jsonl", "csv") for p in data_dir.rglob(f"metadata.{end}"))
+    if not listings:
+        there = sorted(p.name for p in data_dir.glob("*"))[:5] if data_dir.is_dir() else "no folder"
+        raise InputError(
+            f"no metadata.jsonl or metadata.csv in {data_dir}, only {there}: captioned images need "
+            f"one, with a line for each, like {EXAMPLE}"
+        )
+    entries = [entry for listing in listings for entry in captions_of(listing)]
     order = np.random.default_rng(0).permutation(len(entries))
     entries = [entries[i] for i in order]
     kept = []
 
     def readable() -> Iterator[Tensor]:
-        for index, pixels in read_images([data_dir / name for name, _ in entries], image_size):
+        for index, pixels in read_images([path for path, _ in entries], image_size):
             kept.append(entries[index][1])
             yield pixels[None]
 
@@ -374,32 +384,53 @@ def captioned_folder(
     return kept, images
 
 
-def captions_of(listing: Path) -> list[tuple[str, str]]:
-    """-> (file name, caption) of each line of a metadata.jsonl."""
-    example = '{"file_name": "a.png", "text": "a cat"}'
-    if not listing.is_file():
-        raise InputError(
-            f"{listing} is missing: captioned images need it, with a line for each, like {example}"
-        )
+EXAMPLE = '{"file_name": "a.png", "text": "a cat"}'
+CAPTION_KEYS = ("text", "caption")
+
+
+def captions_of(listing: Path) -> list[tuple[Path, str]]:
+    """-> (image, caption) of each line of a metadata.jsonl or metadata.csv."""
+    lines = read_lines(listing)
+    if listing.suffix == ".csv":
+        rows = csv.DictReader(io.StringIO(read_text(listing)))
+        lines = [(rows.line_num, row) for row in rows]
     entries = []
-    for number, line in read_lines(listing):
-        entry = None
-        with suppress(ValueError):
-            entry = json.loads(line)
+    several = 0
+    for number, line in lines:
+        entry = line
+        if isinstance(line, str):
+            with suppress(ValueError):
+                entry = json.loads(line)
         entry = entry if isinstance(entry, dict) else {}
-        texts = tuple(str(entry.get(key) or "").strip() for key in ("file_name", "text"))
-        if not all(texts):
+        name = entry.get("file_name")
+        text = next((entry[key] for key in CAPTION_KEYS if entry.get(key)), None)
+        if isinstance(text, list) and text:
+            several += len(text) > 1
+            text = text[0]
+        if not all(isinstance(part, str) and part.strip() for part in (name, text)):
+            found = f"it has {', '.join(map(str, entry))}" if entry else "it cannot be read"
             raise InputError(
-                f"{listing}, line {number}: a file_name and a text are needed, like {example}"
+                f"{listing}, line {number}: a file_name and a text (or caption) are needed, like "
+                f"{EXAMPLE}; {found}"
             )
-        entries.append(texts)
+        entries.append((listing.parent / name, text.strip()))
+    if several:
+        print(f"{listing}: {several} images have several captions; the first of each is used")
     return entries
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """-> (number, text) of each line of a text file that is not blank. Raises InputError."""
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without a byte-order mark. Raises InputError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text ({error})") from None
-    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """-> (number, text) of each line that is not blank. Raises InputError.
+
+    Only a line feed ends a line: U+2028, for one, may stand within a caption.
+    """
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]

@@ -7,6 +7,7 @@ dropout), and a run that several began can be ended by one.
 
 import os
 import sys
+import zlib
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -115,8 +116,8 @@ def any_process(flag: bool, device: torch.device) -> bool:
 class Parallel(nn.Module):
     """network, with the gradients averaged over the processes, and dropout of this process's own.
 
-    Its seed comes from the random state, which is alike in all processes and left as it was: two
-    calls from one state share their mask, as `consistency_loss` wants it.
+    Its seed comes from the random state of the device, which is alike in all processes and left as
+    it was: two calls from one state share their mask, as `consistency_loss` wants it.
     """
 
     def __init__(self, network: nn.Module, device: torch.device):
@@ -127,6 +128,8 @@ class Parallel(nn.Module):
         self.device = device
 
     def forward(self, *inputs) -> Tensor:
+        on_cpu = self.device.type == "cpu"
+        state = torch.get_rng_state() if on_cpu else torch.cuda.get_rng_state(self.device)
         with restored_randomness(self.device):
-            torch.manual_seed(int(torch.randint(2**31, (1,))) + rank())
+            torch.manual_seed(zlib.crc32(state.numpy().tobytes()) + rank())
             return self.network(*inputs)

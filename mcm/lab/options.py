@@ -31,6 +31,7 @@ import torch
 
 from ..errors import InputError
 from . import distributed
+from .checkpoint import close_out
 
 PRESET_VALUES = "preset values"
 """The group of fields whose values come from a preset: help does not tell their defaults."""
@@ -177,8 +178,19 @@ def provenance(script: str, argv: list[str], device: torch.device, packages: lis
     }
 
 
-def run(script: str, main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """-> the exit code: 2 for input that cannot work, with one paragraph that says why."""
+def run(
+    script: str,
+    main: Callable[[list[str]], None],
+    argv: list[str],
+    smaller: str = "a smaller network, image or batch",
+) -> int:
+    """-> the exit code: 2 for input that cannot work, with one paragraph that says why.
+
+    smaller: what needs less memory.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # no letter is worth a run whose terminal lacks it
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(argv)
         return 0
@@ -198,11 +210,13 @@ def run(script: str, main: Callable[[list[str]], None], argv: list[str]) -> int:
         reason = (
             f"not enough memory ({what}). Put the batch through the network in more parts: "
             "--accumulate 2, 4, ..., also with --resume, as what was saved before is intact. Where "
-            "that does not help, start again with a smaller network, image or batch."
+            f"that does not help, start again with {smaller}."
         )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         reason = f"{error}. What was saved before is intact: make room, continue with --resume."
+    finally:
+        close_out()
     print(f"{script}: error: {reason}", file=sys.stderr)
     return 2

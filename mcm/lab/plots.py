@@ -11,12 +11,22 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure  # not pyplot, whose backend is the user's
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
 COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A"]
-
+WIDEST = 256
+"""Dots that an image of a grid is wide: fifty of 1024 would take gigabytes to draw."""
 
 SAMPLERS = {"ddim": "DDIM", "addim": "aDDIM", "renoise": "re-noised"}
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """(n, C, S, S) -> the same on the CPU, with S at most WIDEST."""
+    if images.shape[-1] <= WIDEST:
+        return images.float().cpu()
+    how = {"size": (WIDEST, WIDEST), "mode": "bilinear", "antialias": True}
+    return torch.cat([interpolate(part.float(), **how).cpu() for part in images.split(1)])
 
 
 def sample_rows(
@@ -25,10 +35,11 @@ def sample_rows(
     """rows: label -> images (n, C, H, W) in [-1, 1], drawn one row each under a common set of
     columns; columns: their captions.
     """
-    images = torch.cat(list(rows.values())).float().cpu()
+    images = torch.cat([thumbnails(row) for row in rows.values()])
     n, size = len(next(iter(rows.values()))), images.shape[-1] + 1
     grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=n, padding=1, pad_value=1.0)
-    pixels = max(scale, -(-50 // size))  # at least 50 dots a row, to be seen
+    pixels = min(scale, WIDEST // (size - 1))
+    pixels = max(pixels, -(-50 // size))  # at least 50 dots a row, to be seen
     titles = [textwrap.fill(text, max(8, size * pixels // 7)) for text in columns or []]
     foot = 8 + 13 * max((1 + text.count("\n") for text in titles), default=0)
     width, height = n * size * pixels + 190, len(rows) * size * pixels + 8 + foot
@@ -36,7 +47,9 @@ def sample_rows(
     axes = figure.add_axes((190 / width, foot / height, 1 - 195 / width, 1 - (8 + foot) / height))
     axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
     axes.set_yticks([size * (i + 0.5) for i in range(len(rows))], list(rows))
-    axes.set_xticks([size * (i + 0.5) for i in range(len(titles))], titles, fontsize=7)
+    axes.set_xticks(
+        [size * (i + 0.5) for i in range(len(titles))], titles, fontsize=7, parse_math=False
+    )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.savefig(path)
@@ -65,7 +78,7 @@ def quality_vs_steps(results: dict, path: Path) -> None:
     axes.set_ylabel(f"{name} (lower is better)")
     real = f"{metric['n_reference']:,} {metric['reference']} images"
     title = f"{metric['n_generated']:,} samples against {real}, features: {metric['features']}"
-    axes.set_title(textwrap.fill(title, 85), fontsize=9)
+    axes.set_title(textwrap.fill(title, 85), fontsize=9, parse_math=False)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     figure.tight_layout()
@@ -77,7 +90,7 @@ def training_curves(log: Path, path: Path) -> None:
     quarter of each run.
     """
     runs: dict[str, list[dict]] = {}
-    for line in log.read_text().splitlines():
+    for line in log.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         if entry["loss"] is not None:
             runs.setdefault(entry["model"], []).append(entry)

@@ -80,7 +80,7 @@ class Training:
     """Steps between lines of the log."""
 
     save_every: int = 500
-    """Steps between checkpoints."""
+    """Steps between checkpoints; 0: none, not even at the end."""
 
     def lr_at(self, step: int) -> float:
         decay = 0.5 + 0.5 * math.cos(math.pi * step / self.iterations)
@@ -159,10 +159,12 @@ class Learner:
         averages = {f"average{n}.": weights for n, (weights, _) in enumerate(self.averages)}
         return {"raw.": self.weights, **averages}
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, finished: bool = False) -> dict[str, Tensor]:
+        """All that resuming needs; a finished run needs no optimiser."""
         groups = self._groups().items()
         tensors = {prefix + k: v for prefix, group in groups for k, v in group.items()}
-        for index, entries in self.optimizer.state_dict()["state"].items():
+        entries_of = {} if finished else self.optimizer.state_dict()["state"]
+        for index, entries in entries_of.items():
             tensors |= {f"adam.{index}.{k}": v for k, v in entries.items()}
         return tensors
 
@@ -223,6 +225,7 @@ class Run:
     settings, out: how and where.
     resume: continue from the newest state that can be read, if there is one.
     segments: for the losses by segment in the log.
+    lean: of a finished run keep the weights only, once: it is one of many.
 
     Every settings.save_every steps and at the end the state (all that resuming needs) is written
     while the next steps run; the state before stays as out/NAME.state.previous.safetensors. Lines
@@ -238,6 +241,7 @@ class Run:
     out: Path
     resume: bool = False
     segments: int = 1
+    lean: bool = False
     step: int = 0
     seconds: float = 0.0
     """What the run took so far, in all its parts, up to the last line of the log."""
@@ -266,7 +270,8 @@ class Run:
     def at_checkpoint(self) -> bool:
         """Whether the state is written after this step."""
         done = self.step + 1
-        return done == self.settings.iterations or done % self.settings.save_every == 0
+        every = self.settings.save_every
+        return every > 0 and (done == self.settings.iterations or done % every == 0)
 
     def record(self, per_sample: Tensor, t: Tensor | None = None) -> None:
         """Note, for the log, the losses of (a part of) this step and their times, (B,) each."""
@@ -383,15 +388,18 @@ class Run:
     def _save(self) -> None:
         self._finish_writing()
         if distributed.is_main():
+            finished = self.lean and self.step + 1 == self.settings.iterations
             tensors = {
                 f"{name}/{key}": value.detach().to("cpu", copy=True)
                 for name, learner in self.learners.items()
-                for key, value in learner.state().items()
+                for key, value in learner.state(finished).items()
             }
             metadata = {"step": self.step + 1, "elapsed": self.seconds}
             metadata |= {key: getattr(self.settings, key) for key in MUST_MATCH}
             previous = previous_state(self.state_file)
             self.write_later(write_safetensors, self.state_file, tensors, metadata, previous)
+            if finished:
+                self.write_later(previous.unlink, missing_ok=True)
         self.save_model()
 
     def _finish_writing(self) -> None:

@@ -1,5 +1,6 @@
 """From a text-to-image teacher to a few-step student, by any recipe."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +14,17 @@ from ..lab.data import batch_indices, mixed
 from ..lab.evaluation import on_device
 from ..lab.run import Learner, Run, Training
 from ..losses import LossOutput, consistency_loss
-from .objectives import Adversarial, DistributionMatching, Objective, Preference, gradient
+from .objectives import (
+    Adversarial,
+    Balance,
+    DistributionMatching,
+    Objective,
+    Preference,
+    gradient,
+)
 from .recipes import EVALUATIONS, Phase, Recipe
 from .scorer import Reward
-from .sdxl import SDXL, Condition, unconditional
+from .sdxl import SDXL, Condition
 from .states import draw_states
 
 
@@ -97,6 +105,17 @@ def distil(job: Distillation, recipe: Recipe) -> float:
     return seconds
 
 
+def dry_run(job: Distillation, recipe: Recipe) -> None:
+    """One step of each phase, of which nothing stays.
+
+    What does not fit into memory, or does not work, says so now and not after hours.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        settings = replace(job.settings, iterations=1, save_every=0)
+        distil(replace(job, settings=settings, out=Path(folder), resume=False), recipe)
+    job.sdxl.remove_all()
+
+
 def make_objective(kind: str, job: Distillation) -> Objective:
     """A further objective by the name that a Phase has for it. Raises InputError."""
     if kind == "preference":
@@ -128,15 +147,17 @@ def train_phase(job: Distillation, phase: Phase, settings: Training, name: str) 
     student = sdxl.denoiser("student")
     target = None if phase.target_ema is None else sdxl.denoiser("target")
     w = told_guidance if job.guidance_input else job.guidance
-    teacher = guided(sdxl.denoiser(), w, unconditional)
+    teacher = guided(sdxl.denoiser(), w, sdxl.unconditional)
     averages = begin_averages(sdxl, phase, settings)
     learner = Learner(sdxl.weights("student"), settings.clip, averages)
     objectives = {kind: make_objective(kind, job) for kind, _ in phase.objectives}
     critics = {kind: o.learner for kind, o in objectives.items() if o.learner}
     for critic in critics.values():
         critic.lr_scale = phase.critic_lr
-    learners = {"student": learner, **critics}
-    run = Run(name, learners, settings, job.out, job.resume, phase.method.student_steps)
+    balance = Balance(objectives, sdxl.device)
+    learners = {"student": learner, **critics, "balance": balance}
+    segments = phase.method.student_steps
+    run = Run(name, learners, settings, job.out, job.resume, segments, lean=True)
     for step in run:
         rows = batch_indices(len(job.prompts), settings.batch, step, settings.seed)
         outputs = []
@@ -150,7 +171,7 @@ def train_phase(job: Distillation, phase: Phase, settings: Training, name: str) 
                 asked = {"teacher": teacher, "target": target, "progress": run.progress}
                 output = consistency_loss(student, x, cond, phase.method, t=t, z_t=z_t, **asked)
                 prompts = [job.prompts[i] for i in chosen]
-                total, values = total_gradient(output, objectives, phase, prompts)
+                total, values = total_gradient(output, objectives, phase, prompts, balance)
             output.x_hat.backward(total * (len(chosen) / settings.batch))
             run.record(output.per_sample, output.t)
             run.note(**values)
@@ -192,17 +213,16 @@ def total_gradient(
     objectives: dict[str, Objective],
     phase: Phase,
     prompts: Sequence[str],
+    balance: Balance,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-> the gradient at x_hat of the consistency loss and the further objectives, their values.
 
-    Every loss acts on x_hat, and only through it on the student. Their scales have nothing to do
-    with each other (a mean over dimensions, logits, a reward), so a weight is the ratio of the
-    gradients' norms there.
+    Every loss acts on x_hat, and only through it on the student.
     """
     (total,) = torch.autograd.grad(output.loss, output.x_hat)
     norm = total.norm()
     values = {}
     for kind, weight in phase.objectives:
         values[kind], further = gradient(objectives[kind], output, prompts)
-        total = total + weight * norm / further.norm().clamp_min(1e-12) * further
+        total = total + weight * balance.scale(kind, norm, further.norm()) * further
     return total, values

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..denoiser import guided
 from ..errors import InputError
@@ -23,7 +24,7 @@ from ..schedule import time_dtype
 from ..solvers import expand, mean_over_dims
 from .recipes import FAKE_UPDATES
 from .scorer import Reward
-from .sdxl import DECODER, SDXL, unconditional
+from .sdxl import DECODER, SDXL
 
 
 class Objective(Protocol):
@@ -48,6 +49,47 @@ def gradient(
     return value.detach(), torch.autograd.grad(value, x)[0]
 
 
+class Balance:
+    """What an objective's gradient is multiplied with, so that its weight means something.
+
+    Losses have scales that have nothing to do with each other (a mean over dimensions, logits, a
+    reward), so a weight is the ratio of the gradients' norms at x_hat: of their running averages,
+    and never more than it was before. So what an objective asks for less and less, as a hinge that
+    is satisfied, fades, and a step of one sample cannot be blown up to the weight of a whole batch.
+
+    For checkpoints it looks like a Learner.
+    """
+
+    DECAY = 0.9
+
+    def __init__(self, kinds: Sequence[str], device: torch.device):
+        # of each objective: running averages of the two norms, and the scale
+        start = torch.tensor([0.0, 0.0, torch.inf], device=device)
+        self.averages = {kind: start.clone() for kind in kinds}
+        self.step, self.lr = 0, 0.0
+
+    def scale(self, kind: str, norm: Tensor, further: Tensor) -> Tensor:
+        """norm: of the consistency loss's gradient, now; further: of this objective's."""
+        kept = self.averages[kind]
+        kept[:2].lerp_(torch.stack([norm, further]), 1 - self.DECAY)
+        import os
+
+        rule = os.environ.get("RULE", "falling")
+        if rule == "step":
+            return norm / further.clamp_min(1e-12)
+        if rule == "average":
+            return kept[0] / kept[1].clamp_min(1e-12)
+        kept[2] = torch.minimum(kept[2], kept[0] / kept[1].clamp_min(1e-12))
+        return kept[2].clone()
+
+    def state(self, finished: bool = False) -> dict[str, Tensor]:
+        return self.averages
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for kind, value in self.averages.items():
+            value.copy_(tensors[kind])
+
+
 @dataclass
 class Preference:
     """A reward on the decoded x_hat, raised to s0 and no further, and lowered to 0 for other
@@ -61,7 +103,8 @@ class Preference:
     s0: the paper's 16 belongs to its MPS scorer; the scripts use the mean reward of the teacher's
         own images.
     pool: prompts to draw the other ones from.
-    most: how many samples of the batch are decoded (the VAE is expensive); None: all.
+    most: decode so many samples of the batch, chosen at random, and keep the activations of one at
+        a time (a VAE of full size is expensive); None: all, together.
     """
 
     reward: Reward
@@ -73,10 +116,16 @@ class Preference:
     updates = 0
 
     def loss(self, output: LossOutput, prompts: Sequence[str]) -> Tensor:
-        n = len(output.x_hat)
-        part = torch.linspace(0, n - 1, min(self.most or n, n)).long()
-        prompts = [prompts[i] for i in part]
-        images = self.decode(output.x_hat[part.to(output.x_hat.device)]).clamp(-1.5, 1.5)
+        x = output.x_hat
+        if self.most is None:
+            images = self.decode(x)
+        else:  # a batch's times fall, and each of them is to be chosen now and then
+            chosen = torch.randperm(len(x))[: self.most].tolist()
+            prompts = [prompts[i] for i in chosen]
+            parts = (x[i : i + 1] for i in chosen)
+            again = [checkpoint(self.decode, part, use_reentrant=False) for part in parts]
+            images = torch.cat(again)
+        images = images.clamp(-1.5, 1.5)
         others = [self.pool[i] for i in torch.randint(len(self.pool), (len(prompts),)).tolist()]
         differ = [float(a != b) for a, b in zip(prompts, others)]
         differ = torch.tensor(differ, device=images.device)
@@ -100,7 +149,7 @@ class DistributionMatching:
     """
 
     def __init__(self, sdxl: SDXL, w: float, updates: int = FAKE_UPDATES, clip: float = 10.0):
-        self.real = guided(sdxl.denoiser(), w, unconditional)
+        self.real = guided(sdxl.denoiser(), w, sdxl.unconditional)
         self.updates = updates
         self.learner = Learner(sdxl.add_lora("fake"), clip)
         self.fake = sdxl.denoiser("fake")

@@ -13,12 +13,29 @@ from torch import Tensor
 from ..denoiser import Denoiser
 from ..errors import InputError
 from ..sampling import noised
-from ..schedule import DiscreteSchedule, time_dtype
+from ..schedule import DiscreteSchedule
 from ..solvers import ddim, expand
 from .recipes import MILESTONES
 
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x"}
 """diffusers' names for what a network predicts, and ours."""
+
+
+def prediction_of(config: dict) -> str:
+    """What the network predicts, in our words, by the configuration of a scheduler.
+
+    Raises InputError for what is not supported.
+    """
+    kind = config.get("prediction_type", "epsilon")
+    if kind not in PREDICTIONS:
+        known = ", ".join(PREDICTIONS)
+        raise InputError(f"prediction type {kind!r} is not supported: {known} are")
+    if kind == "epsilon" and config.get("rescale_betas_zero_snr"):
+        raise InputError(
+            "prediction type 'epsilon' with rescale_betas_zero_snr: there is no image in pure "
+            "noise that it could be told from; use 'v_prediction', or do not rescale"
+        )
+    return PREDICTIONS[kind]
 
 
 def re_noising_timesteps(train_steps: int = 1000) -> dict[str, list[int]]:
@@ -36,7 +53,8 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
     """Few-step sampling at the timesteps that the training used.
 
     timesteps: number of steps (as a string) -> the timesteps, falling. The other arguments describe
-        the noise schedule and prediction type of the base model; `like` takes them over.
+        the noise schedule and prediction type of the base model; `like` takes them over. Raises
+        InputError for a prediction type that cannot be.
 
     step(..., eta): as in TCD (arXiv 2402.19159), where it is called gamma; pipelines forward the
     name eta. 0 walks on along DDIM (MCM's Algorithm 2); 1 noises x_hat afresh (consistency
@@ -59,6 +77,7 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
     ):
         same = inspect.signature(DDIMScheduler.__init__).parameters
         base = DDIMScheduler(**{k: v for k, v in self.config.items() if k in same})
+        self.prediction = prediction_of(self.config)
         self.alphas_cumprod = base.alphas_cumprod
         self.schedule = DiscreteSchedule(self.alphas_cumprod)
         timesteps = timesteps or re_noising_timesteps(num_train_timesteps)
@@ -116,17 +135,19 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
     ) -> SchedulerOutput | tuple[Tensor]:
         """From the network's output at this timestep to the sample at the next one.
 
-        From the last timestep, to x_hat itself. Raises InputError for a timestep that is not set.
+        From the last timestep, to x_hat itself. Raises InputError for a timestep that is not set,
+        or an eta that is not in [0, 1].
         """
+        if not 0 <= eta <= 1:
+            raise InputError(f"eta {eta} must be in [0, 1]: 0 is DDIM, 1 noises x_hat afresh")
         place = (self.timesteps == timestep).nonzero()
         if len(place) != 1:
             known = self.timesteps.tolist()
             raise InputError(f"timestep {int(timestep)} is none of {known}: call set_timesteps")
-        t = self._time(int(timestep), sample)
+        t = self._time(int(timestep), len(sample))
         following = self.timesteps[place[0, 0] + 1 :]
         z = sample.float()
-        prediction = PREDICTIONS.get(self.config.prediction_type, "x")
-        x_hat = Denoiser(lambda *_: model_output, self.schedule, prediction)(z, t)
+        x_hat = Denoiser(lambda *_: model_output, self.schedule, self.prediction)(z, t)
         if len(following):
             previous = self._towards(x_hat, z, t, int(following[0]), eta, generator)
         else:
@@ -137,7 +158,7 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
     def _towards(
         self, x_hat: Tensor, z: Tensor, t: Tensor, following: int, eta: float, generator
     ) -> Tensor:
-        after = self._time(following, z)
+        after = self._time(following, len(z))
         between = (1 - eta) * after
         z_between = ddim(x_hat, z, t, between, self.schedule)
         if eta <= 0:
@@ -148,13 +169,18 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
         return expand(kept, z) * z_between + expand(torch.sqrt(1 - kept**2), z) * noise
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if not timesteps.numel():
+            raise InputError(
+                "no timestep to start from: in image-to-image strength x num_inference_steps must "
+                "be at least 1"
+            )
         x = original_samples.float()
-        t = timesteps.to(x.device, time_dtype(x.device)).add(1).div(len(self)).expand(len(x))
+        t = timesteps.cpu().double().add(1).div(len(self)).expand(len(x))
         return noised(x, t, noise.float(), self.schedule).to(original_samples.dtype)
 
-    def _time(self, timestep: int, like: Tensor) -> Tensor:
-        t = (timestep + 1) / len(self)
-        return torch.full((len(like),), t, dtype=time_dtype(like.device), device=like.device)
+    def _time(self, timestep: int, n: int) -> Tensor:
+        """(n,), on the CPU, as all coefficients: Apple's GPUs have no float64."""
+        return torch.full((n,), (timestep + 1) / len(self), dtype=torch.float64)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

@@ -6,19 +6,20 @@ full fine-tuning, copies of the UNet. Text is encoded once and kept; the VAE is 
 images that are given and to decode images that are wanted.
 """
 
-import json
+import hashlib
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -31,6 +32,7 @@ from ..denoiser import Denoiser
 from ..errors import InputError
 from ..lab.data import cat_on_disk, to_float
 from ..schedule import DiscreteSchedule
+from .scheduler import prediction_of
 
 # The 14 module kinds of LCM-LoRA, which TLCM's release uses too.
 MODULES = (
@@ -55,10 +57,17 @@ class Condition(NamedTuple):
     omega: Tensor | None = None
 
 
-def unconditional(cond: Condition) -> Condition:
-    """Zeros in place of the text, the same time ids (as force_zeros_for_empty_prompt does)."""
-    states = torch.zeros_like(cond.states)
-    return cond._replace(states=states, pooled=torch.zeros_like(cond.pooled))
+def unconditional(cond: Condition, empty: Condition | None = None) -> Condition:
+    """What "no text" is: zeros (as force_zeros_for_empty_prompt does), or `empty`, the encoded "".
+
+    The time ids stay.
+    """
+    if empty is None:
+        states, pooled = torch.zeros_like(cond.states), torch.zeros_like(cond.pooled)
+    else:
+        states = empty.states.to(cond.states).expand_as(cond.states)
+        pooled = empty.pooled.to(cond.pooled).expand_as(cond.pooled)
+    return cond._replace(states=states, pooled=pooled)
 
 
 # UNet -> its layers with LoRAs: finding them takes a walk over 20,000 modules
@@ -176,6 +185,8 @@ class SDXL:
         for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
             if part is not None:
                 part.requires_grad_(False).eval()
+        zeros = pipe.config.force_zeros_for_empty_prompt
+        self.unconditional = partial(unconditional, empty=None if zeros else self.encode([""]))
         if self.checkpointing:
             checkpoint_gradients(self.unet)
             pipe.vae.enable_gradient_checkpointing()
@@ -250,6 +261,11 @@ class SDXL:
             self.unet.delete_adapters(name)
             switch(self.unet, [])
 
+    def remove_all(self) -> None:
+        """Forget all but the teacher's."""
+        for name in [name for name in self.unets if name]:
+            self.remove(name)
+
     def denoiser(self, name: str | None = None) -> Denoiser:
         """The teacher (None) or another set of weights, as a denoiser."""
         return Denoiser(Network(self.unets[name], name), self.schedule, self.prediction)
@@ -294,6 +310,15 @@ class SDXL:
 
         return cat_on_disk(latents(), folder)
 
+    def fingerprint(self) -> str:
+        """12 hex digits that change with the pipeline's weights, from a few of each."""
+        total = hashlib.sha256()
+        for part in (self.unet, self.pipe.vae):
+            for key, value in part.state_dict().items():
+                if "lora_" not in key:
+                    total.update(value.flatten()[:16].float().cpu().numpy().tobytes())
+        return total.hexdigest()[:12]
+
     def to_images(self, latents: Tensor) -> Tensor:
         """latents (n, 4, h, w) -> images (n, 3, H, W) in [-1, 1], with gradient."""
         vae = self.pipe.vae
@@ -310,6 +335,7 @@ class SDXL:
         # not converted: a mixed file would lose its attention layers
         layers = get_peft_model_state_dict(self.unet, adapter_name=name)
         config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": MODULES}
+        config |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers before 0.40 looks for them
         StableDiffusionXLPipeline.save_lora_weights(
             out, unet_lora_layers=layers, unet_lora_adapter_metadata=config
         )
@@ -381,16 +407,26 @@ def noise_schedule(scheduler) -> tuple[DiscreteSchedule, str]:
 
     Raises InputError for what is not supported.
     """
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if alphas is None:
-        name = type(scheduler).__name__
+    name = type(scheduler).__name__
+    config = scheduler.config
+    if getattr(scheduler, "alphas_cumprod", None) is None:
         raise InputError(f"{name} has no alphas_cumprod: SDXL's kind of schedule is needed")
-    known = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x"}
-    if kind not in known:
-        raise InputError(f"prediction type {kind!r} is not supported: {', '.join(known)} are")
-    return DiscreteSchedule(alphas), known[kind]
+    for key, usual in DISCRETE.items():
+        if config.get(key, usual) != usual:
+            raise InputError(
+                f"{name} with {key} {config[key]}: such a UNet was trained at other noise levels "
+                f"than alphas_cumprod says; a schedule of SDXL's kind has {key} {usual}"
+            )
+    return DiscreteSchedule(scheduler.alphas_cumprod), prediction_of(config)
 
+
+# what makes diffusers compute noise levels otherwise than from alphas_cumprod, and its default
+DISCRETE = {
+    "timestep_type": "discrete",
+    "sigma_min": None,
+    "sigma_max": None,
+    "use_flow_sigmas": False,
+}
 
 PARTS = "unet vae text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler".split()
 
@@ -400,35 +436,88 @@ def load_pipeline(
 ) -> StableDiffusionXLPipeline:
     """A pipeline from a folder or a hub id.
 
-    Raises InputError if it is not there or is not an SDXL pipeline.
+    Raises InputError if it is not there or is not an SDXL pipeline, which a few small files tell
+    before any weights are fetched.
     """
-    path = Path(source)
-    if path.exists():
-        index = path / "model_index.json"
-        if not index.is_file():
-            raise InputError(
-                f"{source} has no model_index.json: it is not a saved diffusers pipeline"
-            )
-        parts = json.loads(index.read_text(encoding="utf-8"))
-        missing = [part for part in PARTS if part not in parts]
-        if missing:
-            kind = parts.get("_class_name")
-            raise InputError(f"{source} is a {kind}, and no SDXL pipeline: no {', '.join(missing)}")
-    try:
-        with warnings.catch_warnings():
-            # newer versions of diffusers call the argument dtype; all know this name
-            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
-            pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        where = "the folder is damaged"
-        if not path.exists():
-            where = "the hub did not give it; without a network, pass a folder with a pipeline"
-        raise InputError(f"{source} could not be loaded: {where} ({reason})") from None
-    kind = pipe.unet.config.addition_embed_type
-    if kind != "text_time":
-        raise InputError(f"{source} has a UNet of addition_embed_type {kind!r}, not 'text_time'")
+    with explained(source):
+        check_kind(source)
+        pipe = with_any_variant(source, torch_dtype=dtype)
+    for n in ("", "_2"):
+        check_vocabulary(source, getattr(pipe, f"tokenizer{n}"), getattr(pipe, f"text_encoder{n}"))
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)
     return pipe.to(device)
+
+
+@contextmanager
+def explained(source: str) -> Iterator[None]:
+    """Whatever a loader raises becomes an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        where = "the folder is damaged"
+        if not Path(source).exists():
+            where = "the hub did not give it; without a network, pass a folder with a pipeline"
+        raise InputError(f"{source} could not be loaded: {where} ({reason})") from None
+
+
+def check_kind(source: str) -> None:
+    """Raises InputError, naming what it is, for anything but an SDXL text-to-image pipeline."""
+    if Path(source).exists() and not (Path(source) / "model_index.json").is_file():
+        what = "it is not a saved diffusers pipeline"
+        if Path(source).is_file():
+            what = "one file; StableDiffusionXLPipeline.from_single_file reads it, and its "
+            what += "save_pretrained(FOLDER) writes what is needed here"
+        raise InputError(f"{source} has no model_index.json: {what}")
+    index = StableDiffusionXLPipeline.load_config(source)
+    missing = [part for part in PARTS if not (index.get(part) or [None])[0]]
+    if missing:
+        kind = index.get("_class_name")
+        hint = " (an SDXL refiner? The base model is needed)" if "unet" not in missing else ""
+        raise InputError(
+            f"{source} is a {kind}, and no SDXL pipeline: no {', '.join(missing)}{hint}"
+        )
+    unet = UNet2DConditionModel.load_config(source, subfolder="unet")
+    kind = unet.get("addition_embed_type")
+    if kind != "text_time":
+        raise InputError(f"{source} has a UNet of addition_embed_type {kind!r}, not 'text_time'")
+    channels = unet.get("in_channels", 4)
+    if channels != unet.get("out_channels", 4):
+        raise InputError(
+            f"{source} has a UNet that reads {channels} channels (for inpainting, or to edit "
+            "images): one for text to image is needed, which reads as many as it writes"
+        )
+    scheduler = getattr(diffusers, index["scheduler"][1])
+    noise_schedule(scheduler.from_pretrained(source, subfolder="scheduler"))
+
+
+def with_any_variant(source: str, **how) -> StableDiffusionXLPipeline:
+    """From its files, or from those called fp16 where there are no others."""
+    with warnings.catch_warnings():
+        # newer versions of diffusers call the argument dtype; all know this name
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
+        try:
+            return StableDiffusionXLPipeline.from_pretrained(source, **how)
+        except OSError:
+            with suppress(OSError, ValueError):
+                pipe = StableDiffusionXLPipeline.from_pretrained(source, variant="fp16", **how)
+                print(f"{source} has fp16 files only: those are used")
+                return pipe
+            raise
+
+
+def check_vocabulary(source: str, tokenizer, encoder: nn.Module) -> None:
+    """Raises InputError for a tokenizer that lost files: all prompts would be encoded alike."""
+    known, wanted = len(tokenizer), encoder.config.vocab_size
+    words = [word for word in tokenizer.get_vocab() if re.fullmatch(r"[a-z]{4,}</w>", word)]
+    word = max(words, key=len, default="")
+    whole = tokenizer.tokenize(word.removesuffix("</w>")) == [word] if word else True
+    if not 0.9 * wanted <= known <= wanted or not whole:
+        raise InputError(
+            f"{source} has a tokenizer of {known:,} entries{'' if whole else ' without merges'}, "
+            f"and a text encoder for {wanted:,}: tokenizer files are missing"
+        )
