@@ -72,13 +72,6 @@ class Balance:
         """norm: of the consistency loss's gradient, now; further: of this objective's."""
         kept = self.averages[kind]
         kept[:2].lerp_(torch.stack([norm, further]), 1 - self.DECAY)
-        import os
-
-        rule = os.environ.get("RULE", "falling")
-        if rule == "step":
-            return norm / further.clamp_min(1e-12)
-        if rule == "average":
-            return kept[0] / kept[1].clamp_min(1e-12)
         kept[2] = torch.minimum(kept[2], kept[0] / kept[1].clamp_min(1e-12))
         return kept[2].clone()
 

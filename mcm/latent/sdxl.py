@@ -323,7 +323,9 @@ class SDXL:
         """latents (n, 4, h, w) -> images (n, 3, H, W) in [-1, 1], with gradient."""
         vae = self.pipe.vae
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor
-        return vae.decode(scaled, return_dict=False)[0].float()
+        # autocast would keep its norms' inputs in float32: twice the memory
+        with torch.autocast(self.device.type, enabled=False):
+            return vae.decode(scaled, return_dict=False)[0].float()
 
     def save(self, out: Path, name: str = "average") -> None:
         """Write these weights for stock diffusers: out/pytorch_lora_weights.safetensors, or

@@ -5,15 +5,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pipelines import drawn, untrained_pipeline
+from safetensors.torch import load_file
 
 import mcm
-from mcm.denoiser import select
+from mcm.denoiser import Guided, select
 from mcm.lab.data import to_float
-from mcm.lab.run import Run, Training
-from mcm.latent.distil import Distillation, begin_averages, distil
+from mcm.lab.run import Learner, Run, Training
+from mcm.latent import distil as distil_module
+from mcm.latent.distil import Distillation, begin_averages, distil, dry_run
 from mcm.latent.recipes import RECIPES
 from mcm.latent.sdxl import SDXL, unconditional
 from mcm.latent.tiny_sdxl import train_unet
+from mcm.sampling import noised
 
 W = 2.0
 NEVER = 10**6
@@ -236,3 +239,147 @@ def test_what_a_recipe_cannot_do_without(teacher, tmp_path, recipe, changes, say
     job = dataclasses.replace(job_of(teacher, tmp_path), **changes)
     with pytest.raises(mcm.InputError, match=says):
         distil(job, RECIPES[recipe](4))
+
+
+# --- what a run does with what a phase says -------------------------------------------------------
+
+
+class Told(Exception):
+    """A test has seen enough."""
+
+
+def spied(monkeypatch, name, module=distil_module):
+    """The calls of a function of the training loop: (arguments, keywords, result) each."""
+    calls = []
+    original = getattr(module, name)
+
+    def spy(*arguments, **keywords):
+        result = original(*arguments, **keywords)
+        calls.append((arguments, keywords, result))
+        return result
+
+    monkeypatch.setattr(module, name, spy)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "recipe, names", [("lcm", ["target"]), ("cm", None), ("scott", ["target"])]
+)
+def test_the_target_answers_at_z_s_where_there_is_one(
+    teacher, tmp_path, monkeypatch, recipe, names
+):
+    calls = spied(monkeypatch, "consistency_loss")
+    distil(job_of(teacher, tmp_path, iterations=2), RECIPES[recipe](4))
+    for arguments, keywords, _ in calls:
+        target = keywords["target"]
+        assert (target and target.network.names) == names
+        assert arguments[0].network.names == ["student"]
+        assert isinstance(keywords["teacher"], Guided) and keywords["teacher"].w == W
+
+
+def test_learning_rates_are_the_runs_times_the_phases(teacher, tmp_path, monkeypatch):
+    """And of critics the student's times the phase's critic_lr."""
+    rates = {}
+
+    def update(learner):
+        layers = {key.split(".")[0] for key in learner.weights}
+        kind = "critic" if layers == {"up_blocks", "conv_out"} else "student or fake"
+        rates.setdefault(kind, []).append(learner.lr * learner.lr_scale)
+        for value in learner.weights.values():
+            value.grad = None
+        learner.norm = torch.zeros(())
+
+    monkeypatch.setattr(Learner, "update", update)
+    job = job_of(teacher, tmp_path, iterations=4)
+    phase = RECIPES["scott"](4).phases[0]
+    recipe = dataclasses.replace(
+        RECIPES["scott"](4), phases=(dataclasses.replace(phase, lr=0.3, critic_lr=7.0),)
+    )
+    distil(job, recipe)
+    settings = dataclasses.replace(job.settings, lr=0.3 * job.settings.lr, warmup=1)
+    expected = [settings.lr_at(step) for step in range(4)]
+    assert rates["student or fake"] == pytest.approx(expected)
+    assert rates["critic"] == pytest.approx([7 * lr for lr in expected])
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(teacher, tmp_path, monkeypatch):
+    """Each part counts by its share. Noise and times are those of the prompt, whatever the part."""
+    job = job_of(teacher, tmp_path, iterations=1)
+    noise = torch.randn(len(job.prompts), 4, 8, 8)
+
+    def batch(job, phase, chosen):
+        cond = select(job.cond, chosen)
+        return job.latents[chosen], noise[chosen], cond
+
+    def draw_states(phase, x, noise, cond, student, teacher, progress):
+        t = ((noise[:, 0, 0, 0].sigmoid() * 50).ceil() / 50).double()
+        return x, noised(x, t, noise, student.schedule), t
+
+    gradients = {}
+
+    def update(learner):
+        gradients[parts] = {k: v.grad.clone() for k, v in learner.weights.items()}
+        raise Told
+
+    monkeypatch.setattr(distil_module, "batch", batch)
+    monkeypatch.setattr(distil_module, "draw_states", draw_states)
+    monkeypatch.setattr(Learner, "update", update)
+    for parts in (1, 2, 4):
+        again = job_of(teacher, tmp_path, iterations=1)
+        again.settings = dataclasses.replace(again.settings, accumulate=parts)
+        with pytest.raises(Told):
+            distil(again, RECIPES["cm"](4))
+    for parts in (2, 4):
+        for key, value in gradients[1].items():
+            assert torch.allclose(gradients[parts][key], value, rtol=1e-3, atol=1e-7), key
+
+
+def test_prompts_are_those_of_the_conditions_also_where_runs_are_shared(
+    teacher, tmp_path, monkeypatch
+):
+    calls = spied(monkeypatch, "total_gradient")
+    job = job_of(teacher, tmp_path, iterations=2)
+    for share in (False, True):
+        calls.clear()
+        distil(job, one_phase(RECIPES["mlcm"](4), 4, share_rollout=share))
+        job.sdxl.remove_all()
+        for (output, _, _, prompts, _), _, _ in calls:
+            assert len(prompts) == len(output.t) == 16
+            assert len(set(prompts)) == 2 if share else len(set(prompts)) > 2
+            for prompt, states in zip(prompts, output.cond.states):
+                own = job.cond.states[job.prompts.index(prompt)]
+                assert torch.equal(states, own), prompt
+
+
+def test_a_student_is_told_one_less_than_the_teachers_guidance(teacher, tmp_path):
+    """omega = w - 1, as in LCM (arXiv 2310.04378) and as diffusers' pipelines tell it."""
+    job = job_of(teacher, tmp_path, full=True, guidance=(3.0, 5.0))
+    _, _, cond = distil_module.batch(job, RECIPES["lcm"](4).phases[0], torch.arange(64))
+    assert cond.omega.min() >= 2 and cond.omega.max() <= 4 and cond.omega.std() > 0.3
+    assert torch.equal(distil_module.told_guidance(cond), cond.omega + 1)
+
+
+def test_a_dry_run_leaves_nothing_behind(teacher, tmp_path):
+    """Of weights, files and random state; and what it does not survive is raised."""
+    job = job_of(teacher, tmp_path / "out")
+    before = {key: value.clone() for key, value in job.sdxl.unet.state_dict().items()}
+    dry_run(job, RECIPES["tlcm"](4))
+    assert list(job.sdxl.unets) == [None] and not (tmp_path / "out").exists()
+    after = {k.replace(".base_layer.", "."): v for k, v in job.sdxl.unet.state_dict().items()}
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+    def greedy(images, prompts):
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        dry_run(dataclasses.replace(job, reward=greedy), RECIPES["mlcm"](4))
+
+
+def test_a_finished_phase_keeps_its_weights_only(teacher, tmp_path):
+    job = job_of(teacher, tmp_path, iterations=40, save_every=2)
+    distil(job, RECIPES["tlcm"](4))
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == [f"student-{n}.state.safetensors" for n in range(4)]
+    for path in tmp_path.glob("*.safetensors"):
+        assert not [key for key in load_file(path) if "adam." in key], path

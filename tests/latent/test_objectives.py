@@ -3,9 +3,17 @@ import torch
 from pipelines import ENGLISH, untrained_pipeline
 
 import mcm
-from mcm.latent.objectives import Adversarial, DistributionMatching, Preference, gradient
+from mcm.lab.run import Training
+from mcm.latent.distil import Distillation, make_objective, total_gradient
+from mcm.latent.objectives import (
+    Adversarial,
+    Balance,
+    DistributionMatching,
+    Preference,
+    gradient,
+)
 from mcm.latent.recipes import Phase
-from mcm.latent.sdxl import SDXL
+from mcm.latent.sdxl import SDXL, unconditional
 from mcm.latent.states import draw_states
 from mcm.solvers import expand
 
@@ -150,7 +158,9 @@ def test_distribution_matching_points_from_the_fake_score_to_the_real_one(sdxl):
         t = 0.02 + 0.96 * torch.rand(4, dtype=torch.float64)
         alpha, sigma = (expand(a, x) for a in matching.fake.schedule(t))
         z = alpha * x + sigma * torch.randn_like(x)
-        real, fake = matching.real(z, t, output.cond), matching.fake(z, t, output.cond)
+        # the real score is guided; the fake one is not
+        guided = mcm.guided(sdxl.denoiser(), 2.0, unconditional)
+        real, fake = guided(z, t, output.cond), sdxl.denoiser("fake")(z, t, output.cond)
         expected = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
     assert torch.allclose(gradient * x.numel(), expected, rtol=1e-4, atol=1e-5)
     assert gradient.abs().max() > 0
@@ -192,17 +202,118 @@ def test_the_discriminator_learns_to_tell_real_from_fake(sdxl, diffused):
             for x in (output.x, output.x_hat)
         )
     assert real > fake  # high is real, and that is what the student climbs
-    # and the student is then told to look more real: along its gradient the logits of x_hat rise
+    # and the student is then told to look more real: down its gradient the logits of x_hat rise
     x = output.x_hat.detach().requires_grad_()
     torch.manual_seed(0)
     (gradient,) = torch.autograd.grad(adversary.loss(output._replace(x_hat=x), ENGLISH), x)
-    torch.manual_seed(0)
-    before = adversary.loss(output._replace(x_hat=x.detach()), ENGLISH)
-    torch.manual_seed(0)
-    after = adversary.loss(
-        output._replace(x_hat=x.detach() - 0.1 * gradient / gradient.abs().max()), ENGLISH
-    )
-    assert after < before
+    moved = x.detach() - 0.1 * gradient / gradient.abs().max()
+    logits = []
+    for images in (x.detach(), moved):
+        torch.manual_seed(0)
+        told = adversary._draw(output)
+        with torch.no_grad():
+            logits.append(adversary.logits(images, *told, output).mean())
+    assert logits[1] > logits[0]
+
+
+@pytest.mark.parametrize("kind, diffused", [("adversarial", False), ("adversarial_diffused", True)])
+def test_what_the_discriminator_sees(sdxl, kind, diffused):
+    """Real and fake at one time and, in TLCM, with one noise: else that would tell them apart."""
+    trained_student(sdxl)
+    output = output_of(sdxl)
+    adversary = make_objective(kind, job_of(sdxl))
+    seen = []
+    adversary.network.register_forward_hook(lambda module, given, out: seen.append(given[:2]))
+    adversary.critic_loss(output._replace(x_hat=output.x))  # the same images, real and fake
+    (real, told), (fake, told_too) = seen
+    assert torch.equal(real, fake) and torch.equal(told, told_too)
+    assert torch.equal(real, output.x) != diffused
+    if not diffused:
+        assert torch.equal(told, sdxl.schedule.network_time(output.t))
+    else:  # z = alpha x + sigma noise, at the time that it is told
+        t = (told.double() + 1) / 1000
+        alpha, sigma = (expand(a, real) for a in sdxl.schedule(t))
+        noise = (real - alpha * output.x) / sigma
+        assert abs(noise.std() - 1) < 0.2 and told.unique().numel() > 1
+
+
+def test_the_fake_score_is_trained_to_predict_noise(sdxl):
+    """In the units of the noise, as SDXL was: (eps - eps_hat)^2, the v-loss times alpha^2."""
+    trained_student(sdxl)
+    output = output_of(sdxl)
+    matching = DistributionMatching(sdxl, w=2.0)
+    asked = []
+    matching.fake.network.register_forward_hook(lambda m, given, out: asked.append((given, out)))
+    torch.manual_seed(1)
+    loss = matching.critic_loss(output)
+    ((z, index, _), eps_hat) = asked[0]
+    alpha, sigma = (expand(a, z) for a in sdxl.schedule((index.double() + 1) / 1000))
+    eps = (z - alpha * output.x_hat.detach()) / sigma
+    assert loss.item() == pytest.approx((eps - eps_hat).square().mean().item(), rel=1e-3)
+
+
+def job_of(sdxl, **changes):
+    settings = Training(1)
+    return Distillation(sdxl, ENGLISH, None, None, settings, None, "", 2.0, brightness, **changes)
+
+
+# --- the weight of an objective -------------------------------------------------------------------
+
+
+def test_a_weight_is_a_ratio_of_gradients(sdxl):
+    """At the first step exactly, whatever the scale of the objective."""
+    trained_student(sdxl)
+    phase = Phase(mcm.Method(1, (8, 8)), objectives=(("preference", 0.3),))
+    for factor in (1.0, 1000.0):
+        torch.manual_seed(2)
+        output = output_of(sdxl)
+        reward = lambda images, prompts: factor * brightness(images, prompts)  # noqa: B023, E731
+        objective = Preference(reward, sdxl.to_images, 1e6, ENGLISH)
+        balance = Balance(["preference"], torch.device("cpu"))
+        (own,) = torch.autograd.grad(output.loss, output.x_hat, retain_graph=True)
+        total, _ = total_gradient(output, {"preference": objective}, phase, ENGLISH, balance)
+        assert ((total - own).norm() / own.norm()).item() == pytest.approx(0.3, rel=1e-3)
+
+
+def test_what_an_objective_asks_for_less_and_less_fades():
+    """A hinge that is satisfied by all but one sample does not get a whole batch's weight."""
+    balance = Balance(["preference"], torch.device("cpu"))
+    one = torch.tensor(1.0)
+    first = balance.scale("preference", one, 2 * one)
+    assert first == pytest.approx(0.5)
+    for n in range(200):  # it vanishes
+        scale = balance.scale("preference", one, one * 0.9**n)
+        assert scale <= first and scale * 0.9**n < 1
+    assert scale * 0.9**n < 1e-6
+    again = Balance(["preference"], torch.device("cpu"))
+    again.load(balance.state())
+    assert again.scale("preference", one, one) == balance.scale("preference", one, one)
+
+
+def test_every_time_hears_the_reward(sdxl):
+    """A batch's times fall, so fixed rows of it would be fixed parts of the time axis."""
+    trained_student(sdxl)
+    output = output_of(sdxl)
+    objective = Preference(brightness, sdxl.to_images, 1e6, ENGLISH, most=2)
+    heard = torch.zeros(4)
+    for _ in range(60):
+        _, extra = gradient(objective, output, ENGLISH)
+        reached = extra.flatten(1).abs().amax(1) > 0
+        assert reached.sum() == 2
+        heard += reached
+    assert heard.min() >= 15  # of 30 to be expected
+
+
+def test_decoding_one_by_one_is_decoding_together(sdxl):
+    trained_student(sdxl)
+    output = output_of(sdxl)
+    results = []
+    for most in (None, 4):
+        torch.manual_seed(0)
+        objective = Preference(brightness, sdxl.to_images, 1e6, ["another"], most=most)
+        results.append(gradient(objective, output, ENGLISH))
+    (value, extra), (other, same) = results
+    assert torch.allclose(value, other) and torch.allclose(extra, same, rtol=1e-3, atol=1e-6)
 
 
 def test_an_adversary_needs_something_real(sdxl):
