@@ -2,6 +2,8 @@ import json
 import pickle
 import resource
 import struct
+import subprocess
+import sys
 import time
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import mcm
+from mcm.lab.checkpoint import close_out, must_be, open_out
 
 COSINE = mcm.CosineSchedule()
 
@@ -110,3 +113,28 @@ def test_a_torch_pickle_is_never_unpickled(tmp_path):
     with pytest.raises(mcm.InputError, match="pickles"):
         mcm.load(tmp_path / "bomb.pt")
     assert not (tmp_path / "exploded").exists()
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    """Also another process's; what a run was begun with is compared, and may be added to."""
+    out = tmp_path / "out"
+    open_out(out, {"seed": 1, "steps": (1, 2)}, resume=False)
+    try:
+        code = f"""
+from pathlib import Path
+from mcm.lab.checkpoint import open_out
+open_out(Path({str(out)!r}), {{"seed": 1}}, True)
+"""
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "another run is writing to" in other.stderr and "--resume" not in other.stderr
+    finally:
+        close_out()
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0  # and it may crash
+    open_out(out, {"seed": 1, "steps": [1, 2]}, resume=True)
+    close_out()
+    must_be(out, images="abc")
+    with pytest.raises(mcm.InputError, match="images abc, but now it is images abd"):
+        must_be(out, images="abd")
+    with pytest.raises(mcm.InputError, match="seed 1, but now it is seed 2"):
+        open_out(out, {"seed": 2}, resume=True)
+    close_out()

@@ -10,7 +10,7 @@ from PIL import Image
 
 import mcm
 from mcm.lab import data as module
-from mcm.lab.data import captioned_folder, cat_on_disk, load_data, to_float
+from mcm.lab.data import captioned_folder, cat_on_disk, load_data, read_lines, to_float
 
 
 def test_digits():
@@ -336,3 +336,52 @@ def test_captioned_pictures_keep_their_captions(tmp_path, capsys):
             and len(set(captions)) == 19
         )
     assert "1 of 20 images could not be read" in capsys.readouterr().out
+
+
+def listed(folder, name, text):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text, encoding="utf-8")
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, text, caption",
+    [
+        ("metadata.jsonl", '{"file_name": "a.png", "caption": "a cat"}', "a cat"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": ["a cat", "a pet"]}', "a cat"),
+        ("metadata.jsonl", '\ufeff{"file_name": "a.png", "text": "a cat"}', "a cat"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "a\u2028b"}\r\n', "a\u2028b"),
+        ("metadata.csv", 'file_name,text\na.png,"a cat, sitting"\n', "a cat, sitting"),
+        ("metadata.csv", 'caption,file_name\n"$5\nor $10",a.png\n', "$5\nor $10"),
+    ],
+)
+def test_captions_as_the_datasets_library_reads_them(tmp_path, name, text, caption, capsys):
+    """Here or in a sub-folder, whose file names are seen from there."""
+    for place in (tmp_path / "top", tmp_path / "nested" / "train"):
+        listed(place, name, text)
+    for folder in ("top", "nested"):
+        captions, images = captioned_folder(tmp_path / folder, 8)
+        assert captions == [caption] and len(images) == 1
+    assert ("several captions; the first" in capsys.readouterr().out) == ("a pet" in text)
+
+
+@pytest.mark.parametrize(
+    "name, text, says",
+    [
+        ("metadata.jsonl", '{"image": "a.png", "text": "a cat"}', "line 1: .*; it has image, text"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": []}', "it has file_name, text"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": 5}', "it has file_name, text"),
+        ("metadata.jsonl", "a.png a cat", "line 1: .*; it cannot be read"),
+        ("metadata.csv", "file;text\na.png;a cat\n", "line 2: .*; it has file;text"),
+        ("captions.json", "{}", r"no metadata.jsonl or metadata.csv .*a.png.*captions.json"),
+    ],
+)
+def test_captions_that_are_not_there_are_named(tmp_path, name, text, says):
+    with pytest.raises(mcm.InputError, match=says):
+        captioned_folder(listed(tmp_path / "data", name, text), 8)
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa cat\u2028on a mat\r\n\n a dog \n".encode())
+    assert read_lines(tmp_path / "prompts.txt") == [(1, "a cat\u2028on a mat"), (3, "a dog")]

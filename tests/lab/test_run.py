@@ -10,13 +10,14 @@ import pytest
 import torch
 from loops import train
 from safetensors.torch import load_file
+from torch import nn
 from torch._dynamo.utils import counters
 
 import mcm
 import mcm.lab.run
 from mcm.lab import options
 from mcm.lab.data import batch_indices, digits, to_float
-from mcm.lab.run import DenoiserRun, Training
+from mcm.lab.run import DenoiserRun, Learner, Training
 from mcm.method import multistep
 
 DATA = digits()
@@ -596,3 +597,24 @@ def test_previews_are_drawn_at_every_checkpoint(tmp_path):
         preview=lambda model, step: seen.append((step, model.training)),
     )
     assert seen == [(4, False), (8, False), (12, False)]
+
+
+def test_the_learning_rate_rises_and_falls_along_a_cosine():
+    settings = Training(1000, lr=0.2, warmup=100)
+    assert settings.lr_at(0) == pytest.approx(0.2 / 100)
+    assert settings.lr_at(99) == pytest.approx(0.2 * 0.976, rel=1e-3)
+    assert settings.lr_at(500) == pytest.approx(0.1)
+    assert settings.lr_at(750) == pytest.approx(0.2 * (0.5 - 0.5**1.5), rel=1e-6)
+    assert settings.lr_at(999) < 1e-6
+
+
+def test_a_gradient_beyond_the_clip_is_shortened():
+    """Seen in Adam's first moment, which is a tenth of what it was given."""
+    for size, kept in ((100.0, 2.0), (1.5, 1.5)):
+        weight = nn.Parameter(torch.zeros(4))
+        learner = Learner({"w": weight}, clip=2.0)
+        weight.grad = torch.full((4,), size / 2)  # of this norm
+        learner.update()
+        first = learner.optimizer.state_dict()["state"][0]["exp_avg"]
+        assert learner.norm == pytest.approx(size)
+        assert first.norm().item() == pytest.approx(0.1 * kept, rel=1e-4)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torchvision.utils import save_image
 
 import mcm
-from mcm.lab import options
+from mcm.denoiser import Guided
+from mcm.lab import options, plots
 from mcm.lab.data import load_data, to_float
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -669,3 +672,59 @@ assert matplotlib.get_backend() == "svg"
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert (tmp_path / "a.png").stat().st_size > 100
+
+
+def test_pictures_of_large_images_stay_small(tmp_path):
+    """A grid of 1024-pixel images takes megabytes, and captions are text, whatever is in them."""
+    rows = {f"row {n}": torch.rand(3, 3, 1024, 1024) for n in range(2)}
+    captions = ["$5 or $10", "$$", r"a \frac{ cat"]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plots.sample_rows(rows, tmp_path / "grid.png", columns=captions)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 400 * 1024  # KiB; it was gigabytes
+    with Image.open(tmp_path / "grid.png") as image:
+        assert 3 * 256 <= image.width < 1200 and 2 * 256 <= image.height < 800
+
+
+def test_what_the_loops_hand_on(quick, tmp_path, monkeypatch):
+    """The teacher never hears a tenth of the labels; a student's teacher is guided, if asked for;
+    the distance of one segment is the squared one.
+    """
+    assert run_cifar.Config.label_dropout == 0.1
+    seen = {"labels": [], "teachers": []}
+    diffusion, consistency = mcm.diffusion_loss, mcm.consistency_loss
+
+    def watched_diffusion(model, x, labels, **more):
+        seen["labels"].append(labels)
+        return diffusion(model, x, labels, **more)
+
+    def watched_consistency(model, x, labels, method, **more):
+        seen["teachers"].append((method, more["teacher"]))
+        return consistency(model, x, labels, method, **more)
+
+    monkeypatch.setattr(mcm, "diffusion_loss", watched_diffusion)
+    monkeypatch.setattr(mcm, "consistency_loss", watched_consistency)
+    arguments = QUICK.split() + ["--batch", 128, "--guidance", 2.5, "--steps", 1, 2]
+    run(*arguments, "--out", tmp_path / "run")
+    dropped = (torch.cat(seen["labels"]) == 10).float().mean().item()
+    assert 0.06 < dropped < 0.14  # of 768: four standard errors
+    distances = {}
+    for method, teacher in seen["teachers"]:
+        assert isinstance(teacher, Guided) and teacher.w == 2.5
+        distances[method.student_steps] = method.distance
+    assert distances == {1: "squared", 2: "huber"}
+
+
+def test_resuming_with_other_pictures_is_refused(tmp_path, refused):
+    data = tmp_path / "data"
+    for n in range(40):
+        (data / f"{n % 2}").mkdir(parents=True, exist_ok=True)
+        save_image(torch.rand(3, 8, 8), data / f"{n % 2}" / f"{n}.png")
+    arguments = ["--data", "folder", "--data-dir", data, "--image-size", 8, "--channels", 16]
+    arguments += "--samples 128 --classifier-iterations 5 --batch 16 --steps 1 --device cpu".split()
+    arguments += "--teacher-iterations 2 --student-iterations 2".split() + ["--out", tmp_path / "o"]
+    run(*arguments)
+    save_image(torch.zeros(3, 8, 8), data / "0" / "0.png")
+    save_image(torch.zeros(3, 8, 8), data / "1" / "1.png")
+    save_image(torch.zeros(3, 8, 8), data / "0" / "2.png")
+    refused(*arguments, "--resume", says="but now it is images")

@@ -664,3 +664,25 @@ def test_sub_steps_end_at_s_itself():
     (z_s, s), last = asked[0], answers[-1]
     assert (s == 0).all()
     torch.testing.assert_close(z_s, last, rtol=0, atol=1e-12)
+
+
+def test_the_grid_is_refined_by_equal_factors_in_the_first_half_of_the_run():
+    """N(i) = exp(log 64 + clip(i / half the run, 0, 1) (log 1280 - log 64))."""
+    method = mcm.Method(1, teacher_steps=(64, 1280))
+    quarter = round((64 * 1280) ** 0.5)  # the geometric mean: 286; the arithmetic one is 672
+    points = [method.points_per_segment(p) for p in (0.0, 0.25, 0.5, 1.0)]
+    assert points == [64, quarter, 1280, 1280]
+    assert mcm.Method(4, teacher_steps=(64, 1280)).points_per_segment(0.0) == 16
+
+
+def test_a_guided_teacher_is_asked_once_for_both_its_answers(network):
+    """aDDIM's variance is of the answer without guidance, which guidance has computed already."""
+    teacher = mcm.Denoiser(network, mcm.CosineSchedule())
+    asked = []
+    network.register_forward_pre_hook(lambda module, inputs: asked.append(len(inputs[0])))
+    guided = mcm.guided(teacher, 3.0, torch.tensor(3))
+    x, y = torch.randn(5, 1, 8, 8), torch.arange(5) % 3
+    student = lambda z, t, cond: z  # noqa: E731
+    student.schedule = teacher.schedule
+    mcm.consistency_loss(student, x, y, mcm.Method(2, (8, 8), x_var="mse"), teacher=guided)
+    assert asked == [10]

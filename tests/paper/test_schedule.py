@@ -119,3 +119,14 @@ def test_levels_are_remembered_for_a_tensor_of_times_and_no_other(name):
 def test_bad_tables_are_refused(bad):
     with pytest.raises(mcm.InputError):
         mcm.DiscreteSchedule(bad)
+
+
+def test_a_discrete_schedule_is_copied_to_a_device_once():
+    schedule = mcm.DiscreteSchedule.scaled_linear()
+    copies = []
+    original = torch.Tensor.to
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda self, *a: copies.append(a) or original(self, *a))
+        for _ in range(3):
+            levels = schedule(torch.rand(4))
+    assert len(copies) <= 2 and levels[0].dtype == torch.float32
