@@ -730,7 +730,7 @@ def check(config: Config) -> None:
         raise mcm.InputError(
             f"--share-run needs multiples of 8 samples, not {part}: see --batch, --no-share-run"
         )
-    if config.samples < 128:
+    if config.samples < 128 and not config.prompts:  # without images nothing is compared
         raise mcm.InputError(f"--samples {config.samples} is too few: use at least 128")
     if config.guidance_range and not config.full:
         raise mcm.InputError("--guidance-range needs --full: a LoRA has no input for the guidance")

@@ -100,8 +100,9 @@ def in_float32(norm):
     """As CUDA's autocast, but not the CPU's, runs norms."""
 
     def wide(x: Tensor, shape, weight=None, bias=None, eps: float = 1e-5) -> Tensor:
-        weight, bias = (None if a is None else a.float() for a in (weight, bias))
-        return norm(x.float(), shape, weight, bias, eps)
+        if torch.is_autocast_enabled(DEVICE.type):
+            x, weight, bias = (None if a is None else a.float() for a in (x, weight, bias))
+        return norm(x, shape, weight, bias, eps)
 
     return wide
 

@@ -1,14 +1,21 @@
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from pipelines import ENGLISH, untrained_pipeline
+from safetensors.torch import load_file
 from torchvision.utils import save_image
 
+import mcm
 import run_latent
+from mcm.lab.run import Training
 from mcm.latent import shapes
+from mcm.latent.distil import Distillation
 from mcm.latent.recipes import RECIPES
+from mcm.latent.sdxl import LORA_FILE, SDXL
 
 QUICK = [
     "--preset",
@@ -148,10 +155,10 @@ def test_another_runs_folder_is_not_overwritten(done, capsys):
 
 
 @pytest.mark.slow
-def test_a_pretrained_pipeline_from_prompts_alone(tmp_path):
+def test_a_pretrained_pipeline_from_prompts_alone(tmp_path, capsys):
     """No picture is read: mlcm and tlcm learn from the prompts, on any SDXL pipeline."""
     untrained_pipeline(tmp_path / "words").save_pretrained(tmp_path / "pipe")
-    (tmp_path / "prompts.txt").write_text("\n".join(ENGLISH * 3))
+    (tmp_path / "prompts.txt").write_text("\n".join(ENGLISH * 10))
     argv = [
         "--pretrained",
         str(tmp_path / "pipe"),
@@ -172,7 +179,7 @@ def test_a_pretrained_pipeline_from_prompts_alone(tmp_path):
                 "--iterations",
                 "8",
                 "--samples",
-                "128",
+                "6",
                 "--steps",
                 "2",
                 "--save-every",
@@ -186,6 +193,17 @@ def test_a_pretrained_pipeline_from_prompts_alone(tmp_path):
     assert all(
         row.get("frechet") is None and row["rmse_to_teacher"] is not None for row in results["rows"]
     )
+    assert results["metric"]["n_generated"] == len(set(ENGLISH))  # of 40, a tenth; none twice
+    said = capsys.readouterr().out
+    assert "mlcm: trying one step of each phase" in said and "each row has 4 images" in said
+    assert "preference phases are left out" in said
+    # the same folder, another pipeline
+    untrained_pipeline(tmp_path / "other", channels=(32, 48)).save_pretrained(
+        tmp_path / "2" / "pipe"
+    )
+    argv[1] = str(tmp_path / "2" / "pipe")
+    again = "--recipe mlcm tlcm --iterations 8 --samples 4 --steps 2 --save-every 3 --resume"
+    refused([*argv, *again.split()], capsys, "holds a run with weights .*, but now it is weights")
 
 
 @pytest.mark.slow
@@ -239,6 +257,8 @@ def test_bad_input_is_refused_before_any_work(tmp_path, capsys):
     refused(["--guidance-range", "1", "3", *out], capsys, "--full")
     refused(["--samples", "20", *out], capsys, "too few")
     refused(["--iterations", "0", *out], capsys, "--iterations must be positive, not 0")
+    both = ["--iterations", "5", "--evaluations", "5"]
+    refused([*both, *out], capsys, "--iterations and --evaluations", "give one")
     refused(["--device", "cuda:77", *out], capsys, "cuda:77", "cpu")
     refused(["--prompts", "x.txt", *out], capsys, "--pretrained")
     refused(["--pretrained", "some/model", *out], capsys, "--prompts FILE, or --data DIR")
@@ -264,7 +284,7 @@ def test_bad_files(tmp_path, capsys):
     prompts.write_bytes(b"caf\xe9")
     refused(given, capsys, "UTF-8", "position 3")
     folder = ["--data", str(data), *out]
-    refused(folder, capsys, "metadata.jsonl is missing")
+    refused(folder, capsys, "no metadata.jsonl or metadata.csv")
     data.mkdir()
     (data / "metadata.jsonl").write_text(
         '{"file_name": "a.png", "text": "a cat"}\n{"file_name": "b.png"}\n'
@@ -272,7 +292,7 @@ def test_bad_files(tmp_path, capsys):
     save_image(torch.rand(3, 8, 8), data / "a.png")
     refused(folder, capsys, "line 2", "text")
     (data / "metadata.jsonl").write_text('{"file_name": "a.png", "text": " "}\n')
-    refused(folder, capsys, "line 1: a file_name and a text are needed")
+    refused(folder, capsys, r"line 1: a file_name and a text \(or caption\) are needed")
     (data / "metadata.jsonl").write_text('{"file_name": "missing.png", "text": "a cat"}\n')
     refused(folder, capsys, "none of the 1 images")
     (data / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a cat"}\n')
@@ -291,3 +311,163 @@ def test_a_hub_id_without_a_network(tmp_path, capsys, monkeypatch):
         str(tmp_path / "out"),
     ]
     refused(argv, capsys, "pass a folder with a pipeline")
+
+
+PRETRAINED = ["--pretrained", "some/model", "--prompts", "x.txt"]
+
+
+def test_what_is_given_wins_over_the_preset():
+    """How long a student trains is said in iterations or in evaluations: in one of them."""
+    for argv in ([], PRETRAINED):
+        given = run_latent.parse([*argv, "--evaluations", "7"])
+        assert (given.evaluations, given.iterations) == (7, None)
+        given = run_latent.parse([*argv, "--iterations", "7"])
+        assert (given.evaluations, given.iterations) == (None, 7)
+    assert run_latent.parse(PRETRAINED).iterations == 12_000
+    assert run_latent.parse([]).evaluations == 60
+    sdxl = stand_in()
+    config = run_latent.parse([*PRETRAINED, "--evaluations", "7", "--recipe", "mlcm", "tlcm"])
+    for student in run_latent.students_of(config, sdxl, True):
+        settings = run_latent.settings_of(config, SimpleNamespace(sdxl=sdxl), student)
+        used = settings.iterations * settings.batch * student.recipe.evaluations()
+        assert used == pytest.approx(7000, rel=0.05), student.name
+
+
+def stand_in(train_steps=1000, guided=False):
+    """Something like an SDXL, whose denoisers are their names."""
+    schedule = SimpleNamespace(alphas_cumprod=range(train_steps))
+    return SimpleNamespace(
+        schedule=schedule, denoiser=lambda name=None: name or "plain", device=torch.device("cpu")
+    )
+
+
+@pytest.mark.parametrize("train_steps", [500, 1000, 4000])
+def test_recipes_on_a_schedule_of_another_length(train_steps):
+    """Their grid is no finer than it, and has whole segments; a skip is the same share of time."""
+    config = run_latent.parse(["--recipe", *RECIPES])
+    for student in run_latent.students_of(config, stand_in(train_steps), True):
+        plain = RECIPES[student.recipe_name](student.K or 4)
+        for phase, before in zip(student.recipe.phases, plain.phases):
+            last = phase.method.teacher_steps[1]
+            assert last <= train_steps
+            share = phase.method.skip / last
+            assert share == pytest.approx(
+                before.method.skip / before.method.teacher_steps[1], rel=0.1
+            )
+            if train_steps >= 1000:
+                assert phase.method == before.method
+
+
+def test_each_row_is_made_with_the_model_and_the_sampler_that_it_names(monkeypatch):
+    """Undistilled: the plain weights. Teacher, and guided: with guidance, at twice the cost."""
+    config = run_latent.parse(["--recipe", "mlcm", "mcm", "--steps", "2", "4"])
+    rows = []
+    evaluator = SimpleNamespace(
+        sdxl=stand_in(),
+        teacher=lambda: "guided",
+        measure=lambda row, model, weights=None: rows.append((row, model)),
+    )
+    run_latent.measure_teacher(config, evaluator)
+    for student in run_latent.students_of(config, stand_in(), True):
+        run_latent.measure_student(config, evaluator, student)
+    for row, model in rows:
+        expected = {"undistilled": "plain", "student": "average"}.get(row["model"], "guided")
+        assert model == expected, row
+        assert row["nfe"] == row["steps"] * (2 if model == "guided" else 1)
+    made = {(row.get("recipe", row["model"]), row["sampler"]) for row, _ in rows}
+    assert made >= {("mlcm", "renoise"), ("mcm-2", "ddim"), ("mcm-4", "ddim")}
+    assert made >= {("undistilled", "renoise"), ("undistilled", "ddim"), ("teacher", "ddim")}
+    assert ("mlcm", "ddim") not in made and ("mcm-2", "renoise") not in made
+
+    asked = []
+    monkeypatch.setattr(run_latent.evaluation, "generate", lambda *a, **how: asked.append(how))
+    self = SimpleNamespace(
+        config=config,
+        sdxl=SimpleNamespace(unet=torch.nn.Linear(1, 1), device=torch.device("cpu")),
+        cond=None,
+        z=torch.zeros(3, 1),
+        at_once=1,
+    )
+    self.sdxl.unet.dtype = torch.float32
+    for sampler in ("renoise", "ddim"):
+        run_latent.Evaluator.sample(self, None, 3, sampler, 4)
+    renoise, ddim = asked
+    assert renoise["solver"] is mcm.renoise and renoise["times"] == [1.0, 0.75, 0.5, 0.125]
+    assert "solver" not in ddim and ddim["steps"] == 4
+
+
+def test_the_average_is_what_a_student_leaves(tmp_path, monkeypatch):
+    sdxl = SDXL(untrained_pipeline(tmp_path / "p"), rank=4)
+
+    def trained(job, recipe):
+        for name in ("student", "average"):
+            for value in sdxl.add_lora(name).values():
+                torch.nn.init.normal_(value)
+        return 1.0
+
+    monkeypatch.setattr(run_latent, "distil", trained)
+    config = run_latent.parse(["--out", str(tmp_path)])
+    (student,) = run_latent.students_of(config, sdxl, True)
+    job = Distillation(sdxl, [], None, None, Training(1), tmp_path, "", 2.0)
+    run_latent.train_student(config, job, student, tmp_path / "p")
+    saved = load_file(tmp_path / "mlcm" / LORA_FILE)
+    average = sdxl.weights("average")
+    assert all(torch.equal(saved[f"unet.{key}"], value) for key, value in average.items())
+    card = (tmp_path / "mlcm" / "README.md").read_text()
+    assert (
+        f'weight_name="{LORA_FILE}"' in card and f"transformers {transformers.__version__}" in card
+    )
+
+
+def test_prompts_are_held_out_at_random_and_asked_once(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("".join(f"prompt {n}\n" for n in range(400)))
+    argv = ["--pretrained", "x", "--prompts", str(tmp_path / "p.txt"), "--samples", "100"]
+    data = run_latent.load_data(run_latent.parse(argv), 8)
+    assert len(data.asked) == 40 and len({*data.asked, *data.prompts}) == 400
+    places = [int(prompt.split()[1]) for prompt in data.asked]
+    assert min(places) < 100 and max(places) > 300
+    assert "each row has 40 images" in capsys.readouterr().out
+    assert run_latent.load_data(run_latent.parse(argv), 8).asked == data.asked
+
+
+def test_a_pretrained_student_is_not_taught_by_a_scorer_of_32_pixels(tmp_path, monkeypatch, capsys):
+    """Without --clip there is no reward; who judges has seen other images."""
+    pool = shapes.choose(shapes.scenes(), 200, 5)
+    captions, images = [scene.caption() for scene in pool], shapes.draw(pool, 6)
+    data = run_latent.CaptionedImages("d", captions, images, captions[:20], images[:20])
+    trained = []
+
+    def train_scorer(images, captions, settings, path):
+        trained.append((path.name.split("-")[-2], captions))
+        return path.name
+
+    monkeypatch.setattr(run_latent, "train_scorer", train_scorer)
+    cpu = torch.device("cpu")
+    argv = ["--out", str(tmp_path / "out")]
+    config = run_latent.parse(["--pretrained", "x", "--data", "y", *argv])
+    reward, judge = run_latent.make_scorers(config, data, tmp_path, cpu)
+    assert reward is None and [name for name, _ in trained] == ["evaluator"] and judge
+    assert "without --clip there is no reward" in capsys.readouterr().out
+    students = run_latent.students_of(config, stand_in(), False)
+    assert not any(p.objectives for student in students for p in student.recipe.phases)
+    trained.clear()
+    config = run_latent.parse(["--data", "y", *argv])
+    reward, judge = run_latent.make_scorers(config, data, tmp_path, cpu)
+    assert reward and judge and [name for name, _ in trained] == ["reward", "evaluator"]
+    assert trained[0][1] == captions[:100] and trained[1][1] == captions[100:]
+
+
+def test_what_does_not_fit_says_so_before_anything_long(tmp_path, capsys, monkeypatch):
+    untrained_pipeline(tmp_path / "words").save_pretrained(tmp_path / "pipe")
+    (tmp_path / "p.txt").write_text("\n".join(ENGLISH * 3))
+
+    def full(*arguments, **keywords):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(run_latent, "measure_teacher", lambda *a: pytest.fail("it took an hour"))
+    monkeypatch.setattr("mcm.latent.distil.consistency_loss", full)
+    files = ["--pretrained", str(tmp_path / "pipe"), "--prompts", str(tmp_path / "p.txt")]
+    argv = [*files, "--out", str(tmp_path / "out"), "--rank", "4", "--samples", "2"]
+    refused(
+        argv, capsys, "not enough memory", "--accumulate 2", "--checkpointing", "--batch", "--rank"
+    )

@@ -2,6 +2,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import LCMScheduler, TCDScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mcm
 from mcm.latent.scheduler import MCMScheduler, re_noising_timesteps, uniform_timesteps
@@ -137,3 +138,61 @@ def test_bad_input():
     scheduler.set_timesteps(2)
     with pytest.raises(mcm.InputError, match="is none of"):
         scheduler.step(torch.zeros(1, 4, 2, 2), 500, torch.zeros(1, 4, 2, 2))
+
+
+@pytest.mark.parametrize("eta", [1.5, 7.0, -0.5, float("nan")])
+def test_an_eta_that_cannot_be(eta):
+    scheduler = MCMScheduler()
+    scheduler.set_timesteps(2)
+    with pytest.raises(mcm.InputError, match=rf"eta {eta} must be in \[0, 1\]"):
+        scheduler.step(torch.zeros(1, 4, 2, 2), 999, torch.zeros(1, 4, 2, 2), eta=eta)
+
+
+def test_predictions_that_cannot_be():
+    with pytest.raises(mcm.InputError, match="prediction type 'flow' is not supported: epsilon"):
+        MCMScheduler(prediction_type="flow")
+    with pytest.raises(mcm.InputError, match="'epsilon' with rescale_betas_zero_snr"):
+        MCMScheduler(rescale_betas_zero_snr=True)
+    scheduler = MCMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    scheduler.set_timesteps(4)
+    assert walk(scheduler, torch.randn(2, 4, 8, 8), network).isfinite().all()
+
+
+def test_image_to_image_that_has_no_step_left():
+    """Strength 0.2 of 4 steps: pipelines then ask for noise at no timestep at all."""
+    x = torch.zeros(1, 4, 2, 2)
+    with pytest.raises(mcm.InputError, match="strength x num_inference_steps must be at least 1"):
+        MCMScheduler().add_noise(x, x, torch.tensor([], dtype=torch.long))
+
+
+@pytest.mark.parametrize("steps", [500, 1000])
+def test_tables_of_a_schedule_of_another_length(steps):
+    for table in (re_noising_timesteps(steps), uniform_timesteps([1, 4, 8], steps)):
+        scheduler = MCMScheduler(num_train_timesteps=steps, timesteps=table)
+        for K in table:
+            scheduler.set_timesteps(int(K))
+            assert scheduler.timesteps[0] == steps - 1
+            assert scheduler._time(int(scheduler.timesteps[0]), 1) == 1
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails as Apple's GPUs do; the meta device stands for one."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and result.device.type == "meta":
+            assert result.dtype != torch.float64, function
+        return result
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_no_float64_where_the_images_are(eta):
+    scheduler = MCMScheduler()
+    scheduler.set_timesteps(2)
+    z = torch.empty(2, 4, 8, 8, device="meta")
+    with NoFloat64():
+        for timestep in (999, 499):
+            scheduler.step(z, timestep, z, eta=eta)
+        scheduler.add_noise(z, z, torch.tensor([3, 999]))
+    with pytest.raises(AssertionError), NoFloat64():
+        z.double()  # it would be seen

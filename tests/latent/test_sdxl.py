@@ -14,7 +14,9 @@ from diffusers import (
 )
 from peft import get_peft_model_state_dict
 from pipelines import CHINESE, ENGLISH, untrained_pipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 import mcm
 from mcm.latent.recipes import Phase, milestones
@@ -24,6 +26,7 @@ from mcm.latent.sdxl import (
     MODULES,
     SDXL,
     active,
+    check_vocabulary,
     load_pipeline,
     noise_schedule,
     unconditional,
@@ -484,23 +487,9 @@ def test_not_an_sdxl_pipeline(saved, tmp_path):
     cpu = torch.device("cpu")
     with pytest.raises(mcm.InputError, match="no model_index.json"):
         load_pipeline(str(tmp_path), torch.float32, cpu)
-    (tmp_path / "model_index.json").write_text(
-        json.dumps(
-            {
-                "_class_name": "StableDiffusionPipeline",
-                "unet": 0,
-                "vae": 0,
-                "text_encoder": 0,
-                "tokenizer": 0,
-                "scheduler": 0,
-            }
-        )
-    )
-    with pytest.raises(
-        mcm.InputError,
-        match="StableDiffusionPipeline, and no SDXL pipeline: no text_encoder_2",
-    ):
-        load_pipeline(str(tmp_path), torch.float32, cpu)
+    (tmp_path / "sdxl.safetensors").touch()
+    with pytest.raises(mcm.InputError, match="one file; .*from_single_file"):
+        load_pipeline(str(tmp_path / "sdxl.safetensors"), torch.float32, cpu)
     shutil.copytree(saved, tmp_path / "broken")
     (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
     with pytest.raises(mcm.InputError, match="damaged"):
@@ -511,3 +500,157 @@ def test_a_hub_id_without_a_network(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(mcm.InputError, match="pass a folder with a pipeline"):
         load_pipeline("nobody/no-such-model", torch.float32, torch.device("cpu"))
+
+
+def altered(saved, folder, file="model_index.json", **changes):
+    """The pipeline with other entries in one of its JSON files; None removes one."""
+    shutil.copytree(saved, folder)
+    path = folder / file
+    kept = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in kept.items() if v is not None}))
+    return folder
+
+
+NOTHING = [None, None]
+
+
+@pytest.mark.parametrize(
+    "file, changes, says",
+    [
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": NOTHING}
+            | {"tokenizer": NOTHING},
+            "StableDiffusionXLImg2ImgPipeline, and no SDXL pipeline: no text_encoder, tokenizer.*"
+            "refiner",
+        ),
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusionPipeline", "text_encoder_2": None, "tokenizer_2": None},
+            "StableDiffusionPipeline, and no SDXL pipeline: no text_encoder_2, tokenizer_2",
+        ),
+        (
+            "model_index.json",
+            {"_class_name": "KolorsPipeline", "text_encoder_2": None, "tokenizer_2": None},
+            "KolorsPipeline, and no SDXL pipeline",
+        ),
+        (
+            "model_index.json",
+            {"_class_name": "FluxPipeline", "unet": None, "transformer": ["diffusers", "Flux"]},
+            "FluxPipeline, and no SDXL pipeline: no unet$",
+        ),
+        ("unet/config.json", {"in_channels": 9}, "reads 9 channels .for inpainting"),
+        ("unet/config.json", {"addition_embed_type": "text"}, "addition_embed_type 'text'"),
+        (
+            "scheduler/scheduler_config.json",
+            {"prediction_type": "epsilon", "rescale_betas_zero_snr": True},
+            "'epsilon' with rescale_betas_zero_snr",
+        ),
+    ],
+)
+def test_other_pipelines_are_named_before_their_weights_are_read(
+    saved, tmp_path, monkeypatch, file, changes, says
+):
+    folder = altered(saved, tmp_path / "other", file, **changes)
+    monkeypatch.setattr(
+        StableDiffusionXLPipeline, "from_pretrained", lambda *a, **k: pytest.fail("read")
+    )
+    with pytest.raises(mcm.InputError, match=says):
+        load_pipeline(str(folder), torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"timestep_type": "continuous"},
+        {"sigma_min": 0.002},
+        {"sigma_max": 120.0},
+        {"timestep_type": "continuous", "prediction_type": "v_prediction"},
+    ],
+)
+def test_noise_levels_that_alphas_cumprod_does_not_tell(changes):
+    kept = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    noise_schedule(diffusers.EulerDiscreteScheduler(**kept))
+    with pytest.raises(mcm.InputError, match=f"EulerDiscreteScheduler with {next(iter(changes))}"):
+        noise_schedule(diffusers.EulerDiscreteScheduler(**kept, **changes))
+    flow = diffusers.DPMSolverMultistepScheduler(**kept, use_flow_sigmas=True)
+    with pytest.raises(mcm.InputError, match="with use_flow_sigmas True"):
+        noise_schedule(flow)
+
+
+def test_a_folder_with_fp16_files_only(saved, tmp_path, capsys):
+    pipe = load_pipeline(str(saved), torch.float16, torch.device("cpu"))
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    again = load_pipeline(str(tmp_path), torch.float32, torch.device("cpu"))
+    assert "fp16 files only: those are used" in capsys.readouterr().out
+    for a, b in zip(pipe.unet.parameters(), again.unet.parameters()):
+        assert torch.equal(a.float(), b)
+
+
+def test_a_tokenizer_that_lost_its_files(saved, tmp_path):
+    """transformers loads it all the same, and all prompts are then encoded alike."""
+    for name in ("tokenizer", "tokenizer_2"):
+        folder = tmp_path / name
+        shutil.copytree(saved, folder)
+        (folder / name / "tokenizer.json").unlink()
+        with pytest.raises(mcm.InputError, match="tokenizer of 2 entries.*tokenizer files are"):
+            load_pipeline(str(folder), torch.float32, torch.device("cpu"))
+
+
+def test_a_tokenizer_that_lost_its_merges(saved):
+    """Every word would fall into letters."""
+    pipe = load_pipeline(str(saved), torch.float32, torch.device("cpu"))
+    check_vocabulary("pipe", pipe.tokenizer, pipe.text_encoder)
+    broken = CLIPTokenizer(pipe.tokenizer.get_vocab(), [])
+    with pytest.raises(mcm.InputError, match="without merges"):
+        check_vocabulary("pipe", broken, pipe.text_encoder)
+
+
+def test_the_empty_prompt_where_it_is_not_zeros(saved, tmp_path):
+    """force_zeros_for_empty_prompt false: guidance starts from the encoded ""; as in stock."""
+    folder = altered(saved, tmp_path / "p", force_zeros_for_empty_prompt=False)
+    sdxl = SDXL(load_pipeline(str(folder), torch.float32, torch.device("cpu")), rank=4)
+    z = torch.randn(2, 4, 8, 8)
+    t = torch.full((2,), 0.7, dtype=torch.float64)
+    cond = sdxl.encode(ENGLISH[:2])
+    ours = mcm.guided(sdxl.denoiser(), 4.0, sdxl.unconditional)(z, t, cond)
+    states, null, pooled, null_pooled = sdxl.pipe.encode_prompt(ENGLISH[:2])
+    null = cond._replace(states=null, pooled=null_pooled)
+    x_cond, x_null = (sdxl.denoiser()(z, t, c) for c in (cond, null))
+    assert torch.allclose(ours, x_null + 4 * (x_cond - x_null), rtol=1e-3, atol=1e-3)
+    zeros = mcm.guided(sdxl.denoiser(), 4.0, unconditional)(z, t, cond)
+    assert (ours - zeros).abs().max() > 0.01 * ours.abs().max()
+    theirs = sdxl.pipe(
+        ENGLISH[:2], num_inference_steps=5, guidance_scale=4.0, latents=z, output_type="latent"
+    ).images
+    model = mcm.guided(sdxl.denoiser(), 4.0, sdxl.unconditional)
+    ours = mcm.sample(model, z, 5, cond)
+    assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
+
+
+def test_a_fingerprint_is_of_the_pipelines_own_weights(sdxl):
+    before = sdxl.fingerprint()
+    perturb(sdxl.add_lora("student"))
+    assert sdxl.fingerprint() == before
+    with torch.no_grad():
+        sdxl.unet.conv_in.weight[0, 0, 0, 0] += 0.01
+    assert sdxl.fingerprint() != before
+
+
+def test_what_is_saved_is_the_average(sdxl, tmp_path):
+    for name in ("student", "average"):
+        perturb(sdxl.add_lora(name))
+    sdxl.save(tmp_path)
+    saved = load_file(tmp_path / LORA_FILE)
+    for key, value in sdxl.weights("average").items():
+        assert torch.equal(saved[f"unet.{key}"], value)
+
+
+def test_loras_of_every_version_of_diffusers_have_their_patterns(sdxl, tmp_path):
+    """Versions 0.34 to 0.39 look for them without asking whether they are there."""
+    sdxl.add_lora("average")
+    sdxl.save(tmp_path)
+    with safe_open(tmp_path / LORA_FILE, "pt") as file:
+        about = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert about["unet.rank_pattern"] == {} and about["unet.alpha_pattern"] == {}
