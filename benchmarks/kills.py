@@ -96,7 +96,9 @@ def same(a: Path, b: Path) -> bool:
             torch.equal(first[k], second[k]) for k in first
         ):
             return False
-    first, second = (json.loads((out / "results.json").read_text())["rows"] for out in (a, b))
+    first, second = (
+        json.loads((out / "results.json").read_text(encoding="utf-8"))["rows"] for out in (a, b)
+    )
     return [{k: v for k, v in row.items() if k != "seconds_per_image"} for row in first] == [
         {k: v for k, v in row.items() if k != "seconds_per_image"} for row in second
     ]

@@ -35,7 +35,7 @@ def main(folders: list[str]) -> int:
         print(__doc__)
         return 2
     runs = [
-        with_ratios(json.loads((Path(folder) / "results.json").read_text())["rows"])
+        with_ratios(json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))["rows"])
         for folder in folders
     ]
     print(

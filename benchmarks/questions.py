@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mcm
 import run_cifar
+from mcm.lab.checkpoint import write
 
 # Of every variant: what it changes, and for which K. The rest is as in "base": DDIM in the
 # teacher's step, N annealed, squared distance for K = 1 and Huber for more, weights from the
@@ -117,14 +118,10 @@ def study(argv: list[str]) -> Path:
         if name != "base":
             mine += ["--teacher", str(out / "base" / "teacher.safetensors")]
             folder.mkdir(parents=True, exist_ok=True)
-            if not (
-                folder / "rows.json"
-            ).is_file():  # the teacher has been measured, in seconds that are not this variant's
-                (folder / "rows.json").write_text(
-                    json.dumps(
-                        json.loads((out / "base" / "rows.json").read_text()) | {"seconds": 0.0}
-                    )
-                )
+            if not (folder / "rows.json").is_file():
+                # the teacher has been measured, in seconds that are not this variant's
+                rows = json.loads((out / "base" / "rows.json").read_text(encoding="utf-8"))
+                write(folder / "rows.json", json.dumps(rows | {"seconds": 0.0}))
         print(f"\n=== {name}: {flags}", flush=True)
         if run_cifar.run(mine):
             sys.exit(f"{name} failed")
@@ -139,7 +136,7 @@ def answers(folders: list[Path]) -> str:
     runs: dict[str, list[dict]] = {}
     for folder in folders:
         made = {
-            name: json.loads((folder / name / "results.json").read_text())
+            name: json.loads((folder / name / "results.json").read_text(encoding="utf-8"))
             for name in VARIANTS
             if (folder / name / "results.json").is_file()
         }

@@ -134,7 +134,8 @@ def measure(
             )
             distil(job, one)
             lines = [
-                json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()
+                json.loads(line)
+                for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
             ]
         took = sorted(line["seconds"] for line in lines[2:] or lines)
         seconds = sum(took[: max(1, len(took) // 3)]) / max(1, len(took) // 3)
@@ -176,7 +177,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rank = min(args.rank, 16) if args.size == "tiny" else args.rank
     results = (
-        json.loads(args.out.read_text())
+        json.loads(args.out.read_text(encoding="utf-8"))
         if args.out.is_file()
         else {"hardware": hardware(device), "size": args.size, "rank": rank, "rows": []}
     )

@@ -121,3 +121,18 @@ def test_no_function_is_longer_than_a_page(path):
         if isinstance(node, ast.FunctionDef):
             doc = ast.get_docstring(node, clean=False) or ""
             assert node.end_lineno - node.lineno + 1 - doc.count("\n") - bool(doc) <= 60, node.name
+
+
+def test_every_text_file_is_utf_8_by_name():
+    """Else a Windows machine or an old locale cannot read what another has written."""
+    for path in (p for p in PYTHON if p.relative_to(ROOT).parts[0] != "tests"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            where = getattr(getattr(node.func, "value", None), "id", "")
+            if name in ("open", "read_text", "write_text") and where != "Image":
+                modes = [a.value for a in node.args if isinstance(a, ast.Constant)]
+                binary = name == "open" and any("b" in mode for mode in modes)
+                named = any(keyword.arg == "encoding" for keyword in node.keywords)
+                assert binary or named, f"{path.relative_to(ROOT)}:{node.lineno}"

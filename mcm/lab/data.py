@@ -392,7 +392,7 @@ def captions_of(listing: Path) -> list[tuple[Path, str]]:
     """-> (image, caption) of each line of a metadata.jsonl or metadata.csv."""
     lines = read_lines(listing)
     if listing.suffix == ".csv":
-        rows = csv.DictReader(io.StringIO(read_text(listing)))
+        rows = csv.DictReader(io.StringIO(utf8(listing)))
         lines = [(rows.line_num, row) for row in rows]
     entries = []
     several = 0
@@ -419,7 +419,7 @@ def captions_of(listing: Path) -> list[tuple[Path, str]]:
     return entries
 
 
-def read_text(path: Path) -> str:
+def utf8(path: Path) -> str:
     """A text file in UTF-8, with or without a byte-order mark. Raises InputError."""
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -432,5 +432,5 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
     Only a line feed ends a line: U+2028, for one, may stand within a caption.
     """
-    lines = enumerate(read_text(path).split("\n"), 1)
+    lines = enumerate(utf8(path).split("\n"), 1)
     return [(number, line.strip()) for number, line in lines if line.strip()]
