@@ -561,19 +561,20 @@ def row_of(model: str, sampler: str, steps: int, cost: int = 1, **more) -> dict:
 def measure_teacher(config: Config, evaluator: Evaluator) -> None:
     """The teacher in 25 and fewer steps, and the rows that every student must beat.
 
-    Those are the teacher's weights in the students' sampler, "undistilled".
+    Those are the teacher's weights in the students' samplers, "undistilled"; along DDIM and without
+    guidance they are the strongest of them.
     """
     plain = evaluator.sdxl.denoiser()
     teacher = evaluator.teacher()
     for steps in sorted({25, *config.steps}, reverse=True):
         evaluator.measure(row_of("teacher", "ddim", steps, 2), teacher)
-    renoise = {RECIPES[name](1).renoise for name in config.recipe}
+    renoised = any(RECIPES[name](1).renoise for name in config.recipe)
     for steps in sorted(config.steps, reverse=True):
-        if True in renoise:
+        # with guidance it is the teacher's own row
+        evaluator.measure(row_of("undistilled", "ddim", steps), plain)
+        if renoised:
             evaluator.measure(row_of("undistilled", "renoise", steps), plain)
             evaluator.measure(row_of("undistilled, guided", "renoise", steps, 2), teacher)
-        if False in renoise:  # with guidance this is the teacher's own row
-            evaluator.measure(row_of("undistilled", "ddim", steps), plain)
 
 
 def measure_student(config: Config, evaluator: Evaluator, student: Student) -> None:

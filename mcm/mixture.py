@@ -71,7 +71,6 @@ class GaussianMixture(nn.Module):
         """(n, *shape) draws from the mixture."""
         m = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         means = self.means[m]
-        noise = torch.randn(
-            means.shape, generator=generator, dtype=means.dtype, device=means.device
-        )
+        like = {"dtype": means.dtype, "device": means.device}
+        noise = torch.randn(means.shape, generator=generator, **like)
         return (means + self.stds[m, None] * noise).reshape(n, *self.shape)

@@ -72,9 +72,8 @@ class CosineSchedule:
         """What MCM calls "interpolated cosine noise_low -> noise_high", for square images of this
         side.
         """
-        shift_low = 2 * math.log(noise_low / resolution)
-        shift_high = 2 * math.log(noise_high / resolution)
-        return cls(clip, shift_low, shift_high)
+        shifts = (2 * math.log(noise / resolution) for noise in (noise_low, noise_high))
+        return cls(clip, *shifts)
 
     @once
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,8 +118,7 @@ class DiscreteSchedule:
             raise InputError("alphas_cumprod must be (N,), in [0, 1), and strictly falling")
         self.alphas_cumprod = values
         alpha2 = torch.cat([torch.ones(1, dtype=torch.float64), values])  # entry 0 is t = 0
-        self._alpha = alpha2.sqrt()
-        self._sigma = (1 - alpha2).sqrt()
+        self._levels = (alpha2.sqrt(), (1 - alpha2).sqrt())
 
     @classmethod
     def scaled_linear(
@@ -134,7 +132,7 @@ class DiscreteSchedule:
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t: any shape, in [0, 1] -> alpha, sigma of the same shape and dtype."""
         step = self._step(t)
-        return tuple(copied(a, t.device, t.dtype)[step] for a in (self._alpha, self._sigma))
+        return tuple(copied(a, t.device, t.dtype)[step] for a in self._levels)
 
     def network_time(self, t: Tensor) -> Tensor:
         """What the network is given: the index (int64) that t means; 0 at t = 0, where it is not
