@@ -198,6 +198,23 @@ def wrong(function, **how):
     return lambda *args: function(*args, **how)
 
 
+def renoised_1d(student, noise, times, old=False, plain=False, kept=False):
+    z = noise
+    for n, t in enumerate(times):
+        x_hat = student(z, torch.full((len(z),), t).double())
+        if n + 1 < len(times):
+            alpha, sigma = schedule(torch.tensor(times[n + 1]).double())
+            fresh = noise if old else torch.randn_like(z)
+            z = (
+                x_hat
+                if plain
+                else (1.0 if kept else alpha) * x_hat + (2 if kept else 1) * sigma * fresh
+            )
+    return x_hat
+
+
+REAL, FAKE = torch.randn(2, 32, 1, generator=torch.Generator().manual_seed(5)).double()
+
 RIGHT = {
     "posterior_mean": mean_of(lambda p, mean: (p * mean).sum(-1)),
     "score": score(lambda sigma: -1 / sigma**2),
@@ -231,6 +248,8 @@ RIGHT = {
     "6.2": lambda begin, end, eta: (end / begin) ** (2 * eta**2),
     "6.3": (1.0, False),
     "papers": {"a": {"mlcm", "tlcm"}, "b": "scott", "c": ["mcm"]},
+    "renoised in 1D": renoised_1d,
+    "matching": (-0.5 * (FAKE - REAL), REAL, FAKE, torch.tensor(2.0)),
     "bugs": {letter: loss.args[0] for letter, loss in checks.broken.items()},
 }
 # name, wrong answer, what must be said about it
@@ -330,6 +349,16 @@ WRONG = [
     ("6.3", (0.5, False), "the standard deviation"),
     ("papers", {"a": {"mcm"}, "b": {"scott"}, "c": {"mcm"}}, "Wrong in a"),
     ("papers", {"a": {"mlcm", "tlcm"}, "b": {"scott", "tlcm"}, "c": {"mcm"}}, "Wrong in b"),
+    ("papers", ({"mlcm", "tlcm"}, "scott", "mcm"), "a dictionary is needed"),
+    ("papers", ["mlcm", "scott", "mcm"], "a dictionary is needed"),
+    ("renoised in 1D", wrong(renoised_1d, old=True), "the noise is the old one"),
+    ("renoised in 1D", wrong(renoised_1d, plain=True), "nothing was noised"),
+    ("renoised in 1D", wrong(renoised_1d, kept=True), "alpha x_hat + sigma noise"),
+    ("renoised in 1D", lambda f, z, times: z, "asked twice"),
+    ("matching", (0.5 * (FAKE - REAL), REAL, FAKE, torch.tensor(2.0)), "the sign"),
+    ("matching", (REAL - FAKE, REAL, FAKE, torch.tensor(2.0)), "the scale"),
+    ("matching", (2 * (REAL - FAKE), REAL, FAKE, torch.tensor(2.0)), "the scale"),
+    ("matching", (REAL, REAL, FAKE, torch.tensor(2.0)), "against it"),
     ("bugs", dict(zip("ABCD", checks.MISTAKES)), "not all four"),
     ("bugs", dict.fromkeys("ABCD", "mask"), "each once"),
 ]

@@ -698,9 +698,13 @@ def of_papers() -> list[Case]:
     }
 
     def same(key: str) -> Callable[[dict], bool]:
-        return lambda a: (
-            {a[key]} == true[key] if isinstance(a[key], str) else set(a[key]) == true[key]
-        )
+        def ask(answer: dict) -> bool:
+            if not isinstance(answer, dict) or set(answer) != set(true):
+                raise Told('a dictionary is needed, with "a", "b" and "c"')
+            names = [answer[key]] if isinstance(answer[key], str) else answer[key]
+            return {name.lower() for name in names} == true[key]
+
+        return ask
 
     hints = {
         "a": "look at student_steps and states of the first lines",
@@ -708,6 +712,50 @@ def of_papers() -> list[Case]:
         "c": "whose x_hat is no image, at more than one step?",
     }
     return [Case(f"in {key}", same(key), True, otherwise=hint) for key, hint in hints.items()]
+
+
+def of_renoising() -> list[Case]:
+    noise = numbers(400, 4).view(400, 1)
+    asked = []
+
+    class Watched(nn.Module):
+        def forward(self, z: Tensor, t: Tensor) -> Tensor:
+            asked.append((z, t))
+            return 0.5 * torch.tanh(z)
+
+    def ask(f: Callable) -> Tensor:
+        """-> how the second z was made: (noise - what it should be) as three numbers."""
+        asked.clear()
+        answer = f(Watched(), noise, [1.0, 0.5])
+        if len(asked) != 2:
+            raise Told("at two times the student should be asked twice")
+        (z, _), (second, t) = asked
+        x_hat = 0.5 * torch.tanh(noise)
+        alpha, sigma = (a[0] for a in schedule(at(0.5, 1)))
+        fresh = (second - alpha * x_hat) / sigma
+        if (answer - 0.5 * torch.tanh(second)).abs().max() > 1e-6:
+            raise Told("what is returned should be the last answer")
+        if (fresh * noise).mean() / noise.square().mean() > 0.5:
+            raise Told("the noise is the old one; it should be new at every time")
+        if (second - x_hat).abs().max() < 1e-6:
+            raise Told("nothing was noised")
+        return torch.stack([(fresh.std() - 1).abs() < 0.15, fresh.mean().abs() < 0.2])
+
+    true = torch.tensor([True, True])
+    return [Case("in what it asks next", ask, true, otherwise="alpha x_hat + sigma noise")]
+
+
+def of_matching() -> list[Case]:
+    def ask(answer: tuple) -> float:
+        step, real, fake, scale = answer
+        right = (real - fake) / scale
+        if (step + right).abs().max() < 1e-6:
+            raise Told("the sign: this drives the samples away from the data")
+        if (step - real + fake).abs().max() < 1e-6 or (step - right * scale**2).abs().max() < 1e-6:
+            raise Told("the scale: divide by it")
+        return (step - right).abs().max().item() < 1e-6
+
+    return [Case("in the step", ask, True, otherwise="(x_fake - x_real) / scale, against it")]
 
 
 def of_bugs() -> list[Case]:
@@ -758,5 +806,7 @@ CHECKS: dict[str, Callable[[], list[Case]]] = {
     "6.2": of_old_share,
     "6.3": of_gaussian_student,
     "papers": of_papers,
+    "renoised in 1D": of_renoising,
+    "matching": of_matching,
     "bugs": of_bugs,
 }

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -174,3 +175,19 @@ def test_uneven_batches_are_refused_before_anything_is_trained(tmp_path, monkeyp
         mcm.InputError, match="2 processes .* need a batch of a multiple of 2, not 33"
     ):
         DenoiserRun("m", denoiser, Training(1, batch=33), tmp_path)
+
+
+def test_dropout_follows_the_random_state_of_the_device(monkeypatch):
+    """On a GPU times and noise are drawn there: the CPU's state is one and the same for all parts
+    of a step, which would share their masks.
+    """
+    states = iter([1, 1, 2])
+    seeds = []
+    state = lambda device: torch.tensor([next(states)], dtype=torch.uint8)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_rng_state", state)
+    monkeypatch.setattr(distributed, "restored_randomness", lambda device: nullcontext())
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    parallel = distributed.Parallel(torch.nn.Identity(), torch.device("cuda", 0))
+    for _ in range(3):
+        parallel(torch.zeros(1))
+    assert seeds[0] == seeds[1] != seeds[2]
