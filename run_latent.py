@@ -139,9 +139,7 @@ def main(argv: list[str]) -> None:
     reward, judge = make_scorers(config, data, source, device)
     seconds = {"teacher": round(time.perf_counter() - started, 1), "students": {}}
 
-    checkpointing = config.checkpointing
-    checkpointing = bool(config.pretrained) if checkpointing is None else checkpointing
-    sdxl = SDXL(pipe, config.rank, checkpointing=checkpointing)
+    sdxl = SDXL(pipe, config.rank, checkpointing=bool(config.checkpointing))
     checkpoint.must_be(config.out, weights=sdxl.fingerprint())
     job = prepare(config, data, sdxl)
     evaluator = Evaluator(config, data, sdxl, reward, judge, source.name)
@@ -769,6 +767,7 @@ PRETRAINED = {
     "samples": 200,
     "image_size": None,
     "share_run": False,
+    "checkpointing": True,
 }
 PRESETS: dict[str, tuple[str, dict]] = {
     "default": ("15 to 25 minutes on 2 CPU cores", {}),

@@ -324,6 +324,8 @@ def test_what_is_given_wins_over_the_preset():
         given = run_latent.parse([*argv, "--iterations", "7"])
         assert (given.evaluations, given.iterations) == (None, 7)
     assert run_latent.parse(PRETRAINED).iterations == 12_000
+    assert run_latent.parse(PRETRAINED).checkpointing and not run_latent.parse([]).checkpointing
+    assert not run_latent.parse([*PRETRAINED, "--no-checkpointing"]).checkpointing
     assert run_latent.parse([]).evaluations == 60
     sdxl = stand_in()
     config = run_latent.parse([*PRETRAINED, "--evaluations", "7", "--recipe", "mlcm", "tlcm"])
