@@ -728,3 +728,13 @@ def test_resuming_with_other_pictures_is_refused(tmp_path, refused):
     save_image(torch.zeros(3, 8, 8), data / "1" / "1.png")
     save_image(torch.zeros(3, 8, 8), data / "0" / "2.png")
     refused(*arguments, "--resume", says="but now it is images")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1251", "cp1252"])
+def test_a_terminal_that_lacks_a_letter_does_not_end_a_run(encoding):
+    """It would, at the very end, when the table is printed."""
+    call = "options.run('x', lambda argv: print('Fr\u00e9chet \u9ed1'), [])"
+    code = f"from mcm.lab import options; {call}"
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0 and done.stderr == b"" and b"\\u9ed1" in done.stdout
