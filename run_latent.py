@@ -235,8 +235,8 @@ def try_out(config: Config, job: Distillation, students: list[Student]) -> None:
             settings = settings_of(config, job, student)
             dry_run(replace(job, settings=settings, name=student.name), student.recipe)
     if job.sdxl.device.type == "cuda":
-        used, free = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
-        print(f"it fits: at most {used / 2**30:.1f} of {free / 2**30:.1f} GiB in use")
+        used, there = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+        print(f"it fits: at most {used / 2**30:.1f} of {there / 2**30:.1f} GiB in use")
 
 
 def train_student(config: Config, job: Distillation, student: Student, source: Path) -> float:

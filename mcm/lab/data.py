@@ -363,7 +363,7 @@ def captioned_folder(
     order shuffled once and for all. The images are kept on disk, if a folder for them is given.
     Raises InputError, naming the line, for anything missing.
     """
-    listings = sorted(p for end in ("jsonl", "csv") for p in data_dir.rglob(f"metadata.{end}"))
+    listings = sorted(data_dir.rglob("metadata.jsonl")) or sorted(data_dir.rglob("metadata.csv"))
     if not listings:
         there = sorted(p.name for p in data_dir.glob("*"))[:5] if data_dir.is_dir() else "no folder"
         raise InputError(

@@ -69,9 +69,15 @@ class Balance:
         self.step, self.lr = 0, 0.0
 
     def scale(self, kind: str, norm: Tensor, further: Tensor) -> Tensor:
-        """norm: of the consistency loss's gradient, now; further: of this objective's."""
+        """norm: of the consistency loss's gradient, now; further: of this objective's.
+
+        Steps that are skipped, as something is not finite, and those in which nothing is asked for
+        do not count.
+        """
         kept = self.averages[kind]
-        kept[:2].lerp_(torch.stack([norm, further]), 1 - self.DECAY)
+        now = torch.stack([norm, further])
+        counts = now.isfinite().all() & (further > 0)
+        kept[:2] = torch.where(counts, kept[:2].lerp(now, 1 - self.DECAY), kept[:2])
         kept[2] = torch.minimum(kept[2], kept[0] / kept[1].clamp_min(1e-12))
         return kept[2].clone()
 

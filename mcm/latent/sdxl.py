@@ -311,12 +311,13 @@ class SDXL:
         return cat_on_disk(latents(), folder)
 
     def fingerprint(self) -> str:
-        """12 hex digits that change with the pipeline's weights, from a few of each."""
+        """12 hex digits that change with the pipeline's weights, from the first few of each."""
         total = hashlib.sha256()
         for part in (self.unet, self.pipe.vae):
             for key, value in part.state_dict().items():
                 if "lora_" not in key:
-                    total.update(value.flatten()[:16].float().cpu().numpy().tobytes())
+                    row = value[(0,) * (value.ndim - 1)][:16]
+                    total.update(row.float().cpu().numpy().tobytes())
         return total.hexdigest()[:12]
 
     def to_images(self, latents: Tensor) -> Tensor:

@@ -285,6 +285,13 @@ def test_what_an_objective_asks_for_less_and_less_fades():
         scale = balance.scale("preference", one, one * 0.9**n)
         assert scale <= first and scale * 0.9**n < 1
     assert scale * 0.9**n < 1e-6
+    for idle in (0.0, float("nan"), float("inf")):  # as if the step had not been
+        kept = balance.scale("preference", one, torch.tensor(idle))
+        assert kept == scale and balance.state()["preference"].isfinite().all()
+    asleep = Balance(["preference"], torch.device("cpu"))
+    for _ in range(20):
+        asleep.scale("preference", one, torch.tensor(0.0))
+    assert asleep.scale("preference", one, 2 * one) == pytest.approx(0.5)
     again = Balance(["preference"], torch.device("cpu"))
     again.load(balance.state())
     assert again.scale("preference", one, one) == balance.scale("preference", one, one)
