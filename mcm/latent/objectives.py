@@ -77,9 +77,10 @@ class Balance:
         kept = self.averages[kind]
         now = torch.stack([norm, further])
         counts = now.isfinite().all() & (further > 0)
-        kept[:2] = torch.where(counts, kept[:2].lerp(now, 1 - self.DECAY), kept[:2])
-        kept[2] = torch.minimum(kept[2], kept[0] / kept[1].clamp_min(1e-12))
-        return kept[2].clone()
+        averages = kept[:2].lerp(now, 1 - self.DECAY)
+        lowest = torch.minimum(kept[2:], averages[:1] / averages[1:])
+        kept.copy_(torch.where(counts, torch.cat([averages, lowest]), kept))
+        return torch.where(counts, kept[2], 0.0)
 
     def state(self, finished: bool = False) -> dict[str, Tensor]:
         return self.averages
