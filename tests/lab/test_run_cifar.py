@@ -99,7 +99,7 @@ def test_what_out_receives(quick):
     }
     assert (
         names
-        == {"results.json", "results.md", "log.jsonl", "run.json", "rows.json", "previews"}
+        == {"results.json", "results.md", "log.jsonl", "run.json", ".lock", "rows.json", "previews"}
         | pictures
         | checkpoints
     )
