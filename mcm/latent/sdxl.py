@@ -480,7 +480,8 @@ def check_kind(source: str) -> None:
     missing = [part for part in PARTS if not (index.get(part) or [None])[0]]
     if missing:
         kind = index.get("_class_name")
-        hint = " (an SDXL refiner? The base model is needed)" if "unet" not in missing else ""
+        refiner = missing == ["text_encoder", "tokenizer"]
+        hint = " (an SDXL refiner? The base model is needed)" if refiner else ""
         raise InputError(
             f"{source} is a {kind}, and no SDXL pipeline: no {', '.join(missing)}{hint}"
         )

@@ -527,12 +527,12 @@ NOTHING = [None, None]
         (
             "model_index.json",
             {"_class_name": "StableDiffusionPipeline", "text_encoder_2": None, "tokenizer_2": None},
-            "StableDiffusionPipeline, and no SDXL pipeline: no text_encoder_2, tokenizer_2",
+            "StableDiffusionPipeline, and no SDXL pipeline: no text_encoder_2, tokenizer_2$",
         ),
         (
             "model_index.json",
             {"_class_name": "KolorsPipeline", "text_encoder_2": None, "tokenizer_2": None},
-            "KolorsPipeline, and no SDXL pipeline",
+            "KolorsPipeline, and no SDXL pipeline: no text_encoder_2, tokenizer_2$",
         ),
         (
             "model_index.json",
