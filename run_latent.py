@@ -93,6 +93,10 @@ class Config:
     """training steps of the tiny autoencoder"""
     teacher_iterations: int = 3200
     """training steps of the tiny UNet and its text encoders"""
+    teacher_batch: int = 24
+    """samples per training step of these"""
+    teacher_lr: float = 1e-3
+    """peak learning rate of these"""
     scorer_iterations: int = 200
     """training steps of the two small scorers: the reward and the evaluator"""
     evaluations: float | None = 60
@@ -361,14 +365,16 @@ def drawn_shapes(config: Config) -> CaptionedImages:
 
 def tiny_pipeline(config: Config, data: CaptionedImages, device: torch.device) -> Path:
     """-> where the pipeline is that was trained on this data, now or earlier."""
-    mark = data.fingerprint(config.vae_iterations, config.teacher_iterations)
+    long = ("vae_iterations", "teacher_iterations", "teacher_batch", "teacher_lr")
+    mark = data.fingerprint(*options.values(config, *long).values())
     folder = config.pipeline or config.out.parent / f"tiny-sdxl-{data.name}-{mark}"
     if (folder / "model_index.json").is_file():
         print(f"the tiny pipeline is there already: {folder}")
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
         vae = training(config, config.vae_iterations, 4, 1e-3, clip=0.1)
-        unet = training(config, config.teacher_iterations, 24, 1e-3)
+        how = (config.teacher_iterations, config.teacher_batch, config.teacher_lr)
+        unet = training(config, *how)
         train_tiny_sdxl(data.prompts, data.images, folder, vae, unet, device=device)
     return folder
 
@@ -717,9 +723,9 @@ def check(config: Config) -> None:
     recipes = {name: RECIPES[name](4) for name in config.recipe}
     if max(config.steps) > 8 and any(recipe.renoise for recipe in recipes.values()):
         raise mcm.InputError("--steps: the timesteps of re-noising are those for 1 to 8 steps")
-    positive = ("pictures", "vae_iterations", "teacher_iterations", "scorer_iterations", "batch")
-    positive += ("lr", "rank", "samples", "accumulate", "save_every", "image_size")
-    options.check_positive(config, (*positive, "iterations", "evaluations"))
+    positive = ("pictures", "vae_iterations", "teacher_iterations", "teacher_batch", "teacher_lr")
+    positive += ("scorer_iterations", "batch", "lr", "rank", "samples", "accumulate", "save_every")
+    options.check_positive(config, (*positive, "image_size", "iterations", "evaluations"))
     options.check_range(config, ema=(0, 1), seed=(0, 2**31))
     if config.batch % config.accumulate:
         raise mcm.InputError(f"--batch {config.batch} is no multiple of --accumulate")

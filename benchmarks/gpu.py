@@ -30,7 +30,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mcm
 import run_cifar
-from benchmarks.timing import in_turn, quartiles, seconds, training_step
+from benchmarks.timing import in_turn, profiled, quartiles, seconds, training_step
 from mcm import unet as blocks
 from mcm.lab.checkpoint import write
 from mcm.lab.options import hardware, pick_device, pick_precision
@@ -93,8 +93,13 @@ def variants(toy: bool) -> list[dict]:
     batches = (8,) if toy else (512, 128)
     presets = ("toy",) if toy else ("small", "base")
     both = list(product(presets, batches, ("teacher", "cd", "ct"), MODES, ("native", "folded")))
-    order = {"small": 0, "toy": 0, "base": 1, 512: 0, 8: 0, 128: 1, "eager": 0, "compiled": 1}
-    both.sort(key=lambda v: (order[v[0]], order.get(v[3], 2), order[v[1]], v[4] == "folded"))
+
+    def rank(values: tuple) -> tuple:
+        preset, batch, kind, mode, norm = values
+        rare = kind != "teacher" and (mode not in ("eager", "compiled") or norm == "folded")
+        return rare, preset == "base", batch == 128, list(MODES).index(mode), norm == "folded"
+
+    both.sort(key=rank)
     names = ("preset", "batch", "kind", "mode", "norm")
     return [dict(zip(names, values)) for values in both]
 
@@ -122,27 +127,12 @@ def measured(variant: dict, device: torch.device, out: Path) -> dict:
         row["images_per_second"] = variant["batch"] / middle
         if cuda:
             row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return row | profiled(step, cuda, out / f"profile-{'-'.join(map(str, variant.values()))}")
+        busy, lines = profiled(step, device)
+        name = "-".join(map(str, variant.values()))
+        write(out / f"profile-{name}.txt", "\n".join(lines) + "\n")
+        return row | busy
     finally:
         nn.Module.compile = COMPILE
-
-
-def profiled(step, cuda: bool, path: Path) -> dict:
-    """Of one step: how long the device was busy, in how many kernels; the longest go to a file."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if cuda:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
-        if cuda:
-            torch.cuda.synchronize()
-    where = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    events = [e for e in profile.key_averages() if e.device_type == where]
-    taken = {id(e): e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}
-    events.sort(key=lambda e: -taken[id(e)])
-    lines = [f"{taken[id(e)] / 1000:9.3f} ms {e.count:5} x {e.key[:100]}" for e in events[:15]]
-    write(path.with_suffix(".txt"), "\n".join(lines) + "\n")
-    return {"busy_ms": sum(taken.values()) / 1000, "kernels": sum(e.count for e in events)}
 
 
 def called(name: str, out: Path, timeout: float, *arguments: object) -> dict:
@@ -158,19 +148,25 @@ def called(name: str, out: Path, timeout: float, *arguments: object) -> dict:
     return {"code": code, "seconds": round(time.perf_counter() - began, 1)}
 
 
-def fastest(rows: list[dict], kind: str) -> dict | None:
-    """Of the variants that run_cifar.py has: native norm, eager or compiled, at the large batch."""
+def fastest(rows: list[dict], kind: str, left: float) -> dict | None:
+    """Of the variants that run_cifar.py has: native norm, eager or compiled, at the large batch.
+
+    Its first step counts, as one that compiles takes long: which takes most steps in the time left?
+    """
     found = [r for r in rows if r["kind"] == kind and "ms" in r and r["norm"] == "native"]
     found = [r for r in found if r["mode"] in ("eager", "compiled") and r["preset"] != "base"]
     most = max((r["batch"] for r in found), default=0)
-    return min((r for r in found if r["batch"] == most), key=lambda r: r["ms"], default=None)
+    found = [r for r in found if r["batch"] == most]
+    steps = {id(r): (left - r["first_seconds"]) / r["ms"] for r in found}
+    return max(found, key=lambda r: steps[id(r)], default=None)
 
 
 def cifar_run(args: argparse.Namespace, rows: list[dict], left: float) -> list[str]:
     """The options of a run that fits into so many seconds: 55 % for the teacher's training, 30 %
     for the students' (0.4 of it for K = 1), the rest for classifier, compiling and table.
     """
-    teacher, student = fastest(rows, "teacher"), fastest(rows, "cd")
+    teacher = fastest(rows, "teacher", 0.55 * left)
+    student = fastest(rows, "cd", 0.3 * left)
     ms = (teacher["ms"] if teacher else 50, student["ms"] if student else 80)
     teaching = int(0.55 * left * 1000 / ms[0])
     learning = [int(share * 0.3 * left * 1000 / ms[1]) for share in (0.4, 0.2, 0.2, 0.2)]
@@ -213,6 +209,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR")
     parser.add_argument("--device", help="(default: a GPU, where there is one)")
     parser.add_argument("--toy", action="store_true", help="tiny networks, digits")
+    every = ("checks", "variants", "peers", "run")
+    how = {"nargs": "+", "choices": every, "default": every, "metavar": "PART"}
+    parser.add_argument("--parts", help=f"some of {', '.join(every)} (default: all)", **how)
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     out = args.out.resolve()
@@ -229,13 +228,14 @@ def main(argv: list[str]) -> int:
         write(file, json.dumps(found, indent=1) + "\n")
         write(out / "gpu.md", table(found))
 
-    if "checks" not in found:
+    if "checks" in args.parts and "checks" not in found:
         tests = ("-m", "pytest", "-q", "--all", "tests/lab/test_cuda.py")
         found["checks"] = called("checks", out, left(0.2), *tests)
         keep()
     known = [{k: row[k] for k in list(row)[:5]} for row in found["variants"]]
-    for variant in variants(args.toy):
-        if variant in known or left(0.35) < 0:
+    share = 0.35 if "run" in args.parts else 1.0
+    for variant in variants(args.toy) if "variants" in args.parts else ():
+        if variant in known or left(share) < 0:
             continue
         try:
             row = measured(variant, device, out)
@@ -246,7 +246,7 @@ def main(argv: list[str]) -> int:
         keep()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    if "peers" not in found:
+    if "peers" in args.parts and "peers" not in found:
         sizes = ("--parameters", 3e5, "--size", 8, "--batch", 2, "--repeats", 2)
         if not args.toy:
             sizes = ("--parameters", 3.8e6, "--batch", 256, "--steps", 20, "--repeats", 3)
@@ -256,7 +256,7 @@ def main(argv: list[str]) -> int:
         )
         keep()
     run = out / "run"
-    if not (run / "results.json").is_file():
+    if "run" in args.parts and not (run / "results.json").is_file():
         options = cifar_run(args, found["variants"], left() - 60)
         if (run / "run.json").is_file():  # as it was begun
             options = found["options"]

@@ -5,7 +5,7 @@ of SDXL-base's size with random weights (no download).
     python benchmarks/sdxl_cost.py --out results/sdxl_cost.json
         on a GPU, 1024x1024, bf16
     python benchmarks/sdxl_cost.py --size tiny --out cost.json
-        anywhere, to see that it works
+        anywhere, to see that it works; with thin, to see what the host has to do
 """
 
 import argparse
@@ -13,6 +13,10 @@ import gc
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,12 +24,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from mcm.errors import InputError
+from benchmarks.timing import profiled
 from mcm.lab.checkpoint import write
 from mcm.lab.options import hardware, pick_device
 from mcm.lab.run import Training
-from mcm.latent.distil import Distillation, distil
-from mcm.latent.recipes import RECIPES
+from mcm.latent.distil import Distillation, add_students, train_phase
+from mcm.latent.recipes import RECIPES, Phase, Recipe, evaluations
 from mcm.latent.sdxl import SDXL, Condition
 
 SIZES = {
@@ -37,6 +41,17 @@ SIZES = {
         transformer_layers_per_block=(1, 2, 10),
         attention_head_dim=(5, 10, 20),
         cross_attention_dim=2048,
+        projection_class_embeddings_input_dim=2816,
+        addition_time_embed_dim=256,
+    ),
+    "thin": dict(  # as deep as base, so as many operations: what the host does, seen anywhere
+        sample_size=8,
+        block_out_channels=(32, 64, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(1, 2, 4),
+        cross_attention_dim=64,
         projection_class_embeddings_input_dim=2816,
         addition_time_embed_dim=256,
     ),
@@ -81,79 +96,55 @@ def pipeline(size: str, device: torch.device, dtype: torch.dtype) -> SimpleNames
     )
 
 
-def measure(
-    size: str,
-    recipe: str,
-    batch: int,
-    checkpointing: bool,
-    rank: int,
-    steps: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict:
-    """One row per phase of the recipe: seconds per step (the fastest third, after the first two)
-    and peak memory.
+def phases_of(recipe: Recipe) -> Iterator[tuple[int, Phase]]:
+    """Numbered from 1, without those that cost what an earlier one does."""
+    seen = set()
+    for number, phase in enumerate(recipe.phases, 1):
+        kind = (phase.states, phase.objectives, phase.rollout_steps, evaluations(phase))
+        if kind not in seen:
+            seen.add(kind)
+            yield number, phase
+
+
+def job_for(sdxl: SDXL, batch: int, steps: int, folder: Path) -> Distillation:
+    """A training of so many steps, from noise in place of texts and images."""
+    n = 8
+    width = sdxl.unet.config.cross_attention_dim
+    time_ids = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]]).expand(n, 6)
+    cond = Condition(torch.randn(n, 77, width), torch.randn(n, 1280), time_ids)
+    latents = torch.randn(n, 4, sdxl.size, sdxl.size)
+    precision = "bf16" if sdxl.unet.dtype == torch.bfloat16 else "fp32"
+    settings = Training(steps, batch, lr=1e-4, save_every=0, log_every=1, precision=precision)
+    job = Distillation(sdxl, ["a"] * n, cond, latents, settings, folder, "x", guidance=8.0)
+    job.reward, job.reward_level = lambda images, prompts: images.mean((1, 2, 3)), 1.0
+    return job
+
+
+def measure(job: Distillation, phase: Phase, name: str) -> dict:
+    """Seconds of a step (the fastest third of all but the first) and peak memory; on a GPU also how
+    long that was busy, and with how many kernels. The job has its students.
     """
-    sdxl = SDXL(pipeline(size, device, dtype), rank, checkpointing=checkpointing)
-    if checkpointing:
-        sdxl.unet.train()
-    n, latent = 8, sdxl.size
-    cond = Condition(
-        torch.randn(n, 77, 2048),
-        torch.randn(n, 1280),
-        torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]]).expand(n, 6),
-    )
-    latents = torch.randn(n, 4, latent, latent)
-    rows = []
-    made = RECIPES[recipe](4)
-    for number, phase in enumerate(made.phases):
-        one = made.__class__((phase,), made.renoise, made.summary)
-        cuda = device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        settings = Training(
-            steps,
-            batch,
-            lr=1e-4,
-            save_every=10**9,
-            log_every=1,
-            precision="bf16" if dtype == torch.bfloat16 else "fp32",
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            job = Distillation(
-                sdxl,
-                ["a"] * n,
-                cond,
-                latents,
-                settings,
-                Path(folder),
-                "x",
-                guidance=8.0,
-                reward=lambda images, prompts: images.mean((1, 2, 3)),
-                reward_level=1.0,
-            )
-            distil(job, one)
-            lines = [
-                json.loads(line)
-                for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-            ]
-        took = sorted(line["seconds"] for line in lines[2:] or lines)
-        seconds = sum(took[: max(1, len(took) // 3)]) / max(1, len(took) // 3)
-        rows.append(
-            {
-                "recipe": recipe,
-                "phase": number + 1,
-                "batch": batch,
-                "checkpointing": checkpointing,
-                "seconds_per_step": round(seconds, 4),
-                "images_per_second": round(batch / seconds, 3),
-                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
-            }
-        )
-        for which in [w for w in sdxl.unets if w]:
-            sdxl.remove(which)
-        print(rows[-1], flush=True)
-    return rows
+    sdxl, settings = job.sdxl, job.settings
+    if sdxl.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    train_phase(job, phase, settings, name)
+    log = (job.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in map(json.loads, log) if line["model"] == name]
+    took = sorted(line["seconds"] for line in lines[1:])
+    took = took[: max(1, len(took) // 3)]
+    row = {"batch": settings.batch, "seconds_per_step": sum(took) / len(took)}
+    if sdxl.device.type == "cuda":
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        drop_critics(sdxl)
+        one = replace(settings, iterations=1)
+        row |= profiled(partial(train_phase, job, phase, one, "profiled"), sdxl.device)[0]
+    drop_critics(sdxl)
+    return row
+
+
+def drop_critics(sdxl: SDXL) -> None:
+    for name in {"fake", "critic"} & sdxl.unets.keys():
+        sdxl.remove(name)
 
 
 def main() -> None:
@@ -165,6 +156,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--steps", type=int, default=6)
+    how = {"action": argparse.BooleanOptionalAction, "default": True}
+    parser.add_argument("--checkpointing", **how)
     parser.add_argument("--device")
     parser.add_argument(
         "--out",
@@ -175,38 +168,35 @@ def main() -> None:
     args = parser.parse_args()
     device = pick_device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rank = min(args.rank, 16) if args.size == "tiny" else args.rank
-    results = (
-        json.loads(args.out.read_text(encoding="utf-8"))
-        if args.out.is_file()
-        else {"hardware": hardware(device), "size": args.size, "rank": rank, "rows": []}
-    )
-    have = {(r["recipe"], r["batch"], r["checkpointing"]) for r in results["rows"]}
-    for batch in args.batches:
-        for checkpointing in (True, False):
-            for recipe in args.recipes:
-                if (recipe, batch, checkpointing) in have:
+    rank = args.rank if args.size == "base" else min(args.rank, 16)
+    results = {"hardware": hardware(device), "torch": torch.__version__, "rows": []}
+    results |= {"size": args.size, "rank": rank, "checkpointing": args.checkpointing}
+    if args.out.is_file():
+        results = json.loads(args.out.read_text(encoding="utf-8"))
+    sdxl = SDXL(pipeline(args.size, device, dtype), rank, checkpointing=args.checkpointing)
+    if args.checkpointing:
+        sdxl.unet.train()
+    for name in args.recipes:
+        with tempfile.TemporaryDirectory() as folder:
+            job = job_for(sdxl, 1, args.steps, Path(folder))
+            add_students(job, RECIPES[name](4))
+            for batch, (number, phase) in product(args.batches, phases_of(RECIPES[name](4))):
+                about = {"recipe": name, "phase": number, "batch": batch}
+                if any(about.items() <= row.items() for row in results["rows"]):
                     continue
+                settings = replace(job.settings, batch=batch)
                 try:
-                    results["rows"] += measure(
-                        args.size, recipe, batch, checkpointing, rank, args.steps, device, dtype
-                    )
-                except torch.cuda.OutOfMemoryError:
-                    results["rows"].append(
-                        {
-                            "recipe": recipe,
-                            "batch": batch,
-                            "checkpointing": checkpointing,
-                            "seconds_per_step": None,
-                            "peak_gib": "does not fit",
-                        }
-                    )
-                except InputError as error:
-                    print(f"{recipe}: {error}")
+                    row = measure(replace(job, settings=settings), phase, f"{batch}-{number}")
+                except torch.OutOfMemoryError:
+                    drop_critics(sdxl)
+                    row = {"peak_gib": "does not fit"}
+                results["rows"].append(about | row)
+                print(results["rows"][-1], flush=True)
                 write(args.out, json.dumps(results, indent=1) + "\n")
                 gc.collect()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
+        sdxl.remove_all()
 
 
 if __name__ == "__main__":

@@ -80,3 +80,20 @@ def training_step(
         run.forget()
 
     return step
+
+
+def profiled(work: Callable[[], object], device: torch.device) -> tuple[dict, list[str]]:
+    """Of one call: how long the device was busy and in how many kernels, and the 15 longest."""
+    cuda = device.type == "cuda"
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]) as profile:
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+    where = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    events = [e for e in profile.key_averages() if e.device_type == where]
+    taken = {id(e): e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}
+    events.sort(key=lambda e: -taken[id(e)])
+    lines = [f"{taken[id(e)] / 1000:9.3f} ms {e.count:5} x {e.key[:100]}" for e in events[:15]]
+    busy = {"busy_ms": sum(taken.values()) / 1000, "kernels": sum(e.count for e in events)}
+    return busy, lines

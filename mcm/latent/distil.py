@@ -76,15 +76,8 @@ def distil(job: Distillation, recipe: Recipe) -> float:
     wanted = {kind for phase in recipe.phases for kind, _ in phase.objectives}
     if "preference" in wanted and job.reward is None:
         raise InputError("this recipe has a preference phase: give it a reward")
+    add_students(job, recipe)
     seed = job.settings.seed
-    torch.manual_seed(mixed(seed, len(recipe.phases)))
-    averaged_targets = any(phase.target_ema is not None for phase in recipe.phases)
-    for name in ["student", "average"] + ["target"] * averaged_targets:
-        like = None if name == "student" else "student"
-        if job.full:
-            job.sdxl.add_copy(name, like, job.guidance_input)
-        else:
-            job.sdxl.add_lora(name, like)
     whole = sum(phase.share for phase in recipe.phases)
     seconds = 0.0
     for number, phase in enumerate(recipe.phases):
@@ -103,6 +96,18 @@ def distil(job: Distillation, recipe: Recipe) -> float:
             if name in job.sdxl.unets:
                 job.sdxl.remove(name)
     return seconds
+
+
+def add_students(job: Distillation, recipe: Recipe) -> None:
+    """The sets of weights that training needs: "student", "average", and maybe "target"."""
+    torch.manual_seed(mixed(job.settings.seed, len(recipe.phases)))
+    averaged_targets = any(phase.target_ema is not None for phase in recipe.phases)
+    for name in ["student", "average"] + ["target"] * averaged_targets:
+        like = None if name == "student" else "student"
+        if job.full:
+            job.sdxl.add_copy(name, like, job.guidance_input)
+        else:
+            job.sdxl.add_lora(name, like)
 
 
 def dry_run(job: Distillation, recipe: Recipe) -> None:

@@ -14,9 +14,11 @@ import gpu
 import over_seeds
 import presets
 import questions
+import sdxl_cost
 import unet_speed
 
 import run_cifar
+from mcm.latent.recipes import RECIPES
 
 
 def test_an_ablation_changes_what_it_says_and_no_more():
@@ -236,13 +238,17 @@ def test_folded_norms_are_the_same_function(network):
 
 def test_the_run_on_a_gpu_fits_its_time():
     """Its options are those of run_cifar.py; the fastest that has been measured decides lengths."""
-    rows = [v | {"ms": 10.0 if v["mode"] == "compiled" else 20.0} for v in gpu.variants(False)]
+    quick = {"ms": 10.0, "first_seconds": 50.0}
+    slow = {"ms": 20.0, "first_seconds": 1.0}
+    rows = [v | (quick if v["mode"] == "compiled" else slow) for v in gpu.variants(False)]
     rows[0] = {k: v for k, v in rows[0].items() if k != "ms"} | {"error": "no kernel"}
     args = argparse.Namespace(data_dir=Path("data"), toy=False)
     config = run_cifar.parse(list(map(str, gpu.cifar_run(args, rows, 600))))
     assert config.compile and config.batch == 512 and config.data == "cifar10"
     taken = (config.teacher_iterations + sum(config.student_iterations)) * 0.010
     assert 0.8 * 600 < taken < 0.9 * 600 and len(config.student_iterations) == 4
+    # compiling has to be earned back
+    assert not run_cifar.parse(list(map(str, gpu.cifar_run(args, rows, 150)))).compile
     args.toy = True
     assert run_cifar.parse(list(map(str, gpu.cifar_run(args, [], 600)))).data == "digits"
 
@@ -253,6 +259,19 @@ def test_variants_begin_with_what_matters():
     first = variants[0]
     assert (first["preset"], first["batch"], first["mode"]) == ("small", 512, "eager")
     assert variants[-1]["preset"] == "base"
+
+
+def test_an_sdxl_step_is_measured(tmp_path, monkeypatch, capsys):
+    """Phases of one kind once; a run that is cut short goes on."""
+    assert [number for number, _ in sdxl_cost.phases_of(RECIPES["mlcm"](4))] == [1, 5]
+    out = tmp_path / "cost.json"
+    command = "sdxl_cost.py --size tiny --recipes mlcm --steps 2 --rank 4 --device cpu --batches"
+    for batches in ("1", "1 2"):
+        monkeypatch.setattr("sys.argv", [*command.split(), *batches.split(), "--out", str(out)])
+        sdxl_cost.main()
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [(row["phase"], row["batch"]) for row in rows] == [(1, 1), (5, 1), (1, 2), (5, 2)]
+    assert all(row["seconds_per_step"] > 0 for row in rows)
 
 
 def test_what_a_preset_asks_is_counted():

@@ -13,6 +13,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import CHINESE, ENGLISH, untrained_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -148,6 +149,42 @@ def test_a_lora_that_is_off_leaves_the_teacher_exactly_as_it_was(sdxl):
         assert torch.equal(ask(sdxl, "average"), ask(sdxl, "student"))
         sdxl.remove("average"), sdxl.remove("student")
         assert torch.equal(ask(sdxl), before)
+
+
+def test_a_lora_switches_in_one_place(sdxl):
+    """Also after others came and went: layers that kept a switch of their own would miss it."""
+    for name in ("student", "critic", "average"):
+        perturb(sdxl.add_lora(name))
+    sdxl.remove("critic")
+    with active(sdxl.unet, ["student"]):
+        layers = [m for m in sdxl.unet.modules() if isinstance(m, BaseTunerLayer)]
+        assert len(layers) > 20
+        assert all(layer.active_adapters == ["student"] for layer in layers)
+        assert len({id(layer.active_adapters) for layer in layers}) == 1
+    assert all(layer.active_adapters == [] for layer in layers)
+    assert not torch.equal(ask(sdxl, "student"), ask(sdxl, "average"))
+
+
+def test_a_unet_in_bfloat16_never_sees_images_in_float32(saved):
+    """LoRAs are float32, and peft would widen every activation for them. Autocast makes room for
+    both, also where nobody opened it.
+    """
+    pipe = StableDiffusionXLPipeline.from_pretrained(saved).to(torch.bfloat16)
+    sdxl = SDXL(pipe, rank=4)
+    perturb(sdxl.add_lora("student"))
+    seen = set()
+
+    def note(module, inputs):
+        seen.add(inputs[0].dtype)
+
+    for name, module in sdxl.unet.named_modules():
+        if name.endswith("lora_A.student"):
+            module.register_forward_pre_hook(note)
+    bare = ask(sdxl, "student")
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        assert torch.equal(ask(sdxl, "student"), bare)
+    assert seen == {torch.bfloat16}
+    assert not torch.equal(bare, ask(sdxl))
 
 
 def gradients(sdxl, order):
