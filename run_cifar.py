@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 import mcm
-from mcm.lab import checkpoint, distributed, evaluation, metrics, options, plots
+from mcm.lab import checkpoint, distributed, evaluation, explorer, metrics, options, plots
 from mcm.lab.data import ImageData, load_data, to_float
 from mcm.lab.run import DenoiserRun, Training
 
@@ -164,6 +164,7 @@ def main(argv: list[str]) -> None:
     distributed.stop()
     if rows:
         draw_samples(config, data, models)
+        draw_page(config, data, models, rows)
         report(config, where, rows, evaluator, models, started)
 
 
@@ -435,16 +436,20 @@ def measured_with(config: Config, data: ImageData) -> dict:
     }
 
 
+def to_draw(n: int, config: Config, data: ImageData) -> tuple[Tensor, Tensor]:
+    """-> noise (n, C, H, W) and classes (n,), spread over all, of pictures."""
+    device = data.images.device
+    labels = torch.arange(n, device=device)
+    labels = labels * data.classes // n if data.classes > n else labels % data.classes
+    return normal(n, data.image_shape, config.seed + 2_000_000).to(device), labels
+
+
 def draw_samples(config: Config, data: ImageData, models: dict[str, mcm.Denoiser]) -> None:
     """samples.png: the same noise and class down each column.
 
     On top the training image nearest to the teacher's.
     """
-    device = data.images.device
-    n = 20 if data.image_shape[1] <= 16 else 12
-    z = normal(n, data.image_shape, config.seed + 2_000_000).to(device)
-    labels = torch.arange(n, device=device)
-    labels = labels * data.classes // n if data.classes > n else labels % data.classes
+    z, labels = to_draw(20 if data.image_shape[1] <= 16 else 12, config, data)
     label = "teacher, 64 steps"
     drawn = {label: mcm.sample(guide(models["teacher"], config), z, 64, labels)}
     for K in sorted(config.steps, reverse=True):
@@ -452,6 +457,31 @@ def draw_samples(config: Config, data: ImageData, models: dict[str, mcm.Denoiser
         drawn[f"{config.method.upper()}, K = {K}"] = mcm.sample(student, z, cond=labels)
     neighbours = to_float(data.images[metrics.nearest(drawn[label], data.images)])
     plots.sample_rows({"nearest training image": neighbours, **drawn}, config.out / "samples.png")
+
+
+def draw_page(
+    config: Config, data: ImageData, models: dict[str, mcm.Denoiser], rows: evaluation.Rows
+) -> None:
+    """explorer.html: the students, the teacher in as many steps and in more."""
+    z, labels = to_draw(explorer.how_many(data.image_shape[1]), config, data)
+    teacher = guide(models["teacher"], config)
+    views = []
+    for row in rows.all():
+        if row["sampler"] == "ddim":
+            student, steps = row["model"] == "student", row["steps"]
+            model = models[f"{config.method}-{steps}"] if student else teacher
+            images, times, path = explorer.walk(model, z, labels, steps=steps)
+            view = explorer.View(row["model"], steps, images, row, times)
+            if student or steps not in config.steps:
+                view.path = path
+                rows_of = metrics.nearest(images.to(z.device), data.images)
+                view.nearest = to_float(data.images[rows_of]).cpu()
+            views.append(view)
+    names = CIFAR_CLASSES if config.data == "cifar10" else range(data.classes)
+    distance = f"Distances are measured in {config.samples:,} images, as results.md says."
+    title = f"{config.data}, seed {config.seed}"
+    classes = [str(names[i]) for i in labels.tolist()]
+    explorer.save_page(config.out / "explorer.html", views, classes, "class", title, distance)
 
 
 def head(results: dict) -> list[str]:
@@ -510,7 +540,7 @@ def report(
         "methods": {str(K): dataclasses.asdict(method_for(config, K)) for K in config.steps},
     }
     evaluation.report(config.out, results, head(results))
-    print(f"{config.out}: results.json, results.md, pictures, previews, checkpoints, log.jsonl")
+    print(f"{config.out}: results.json, results.md, explorer.html, pictures, previews, checkpoints")
 
 
 def draw_grid(config: Config, device: torch.device) -> None:
@@ -534,6 +564,7 @@ def draw_grid(config: Config, device: torch.device) -> None:
 
 # --- the configuration ----------------------------------------------------------------------------
 
+CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 FID_SAMPLES = 50_000  # what the literature reports FID with
 OWN_SIZE = {"digits": 8, "cifar10": 32, "imagenet64": 64}  # of the images, in pixels
 PRESET_VALUES = options.fields_of(Config, options.PRESET_VALUES)

@@ -13,6 +13,7 @@ python run_latent.py --pretrained DIR_OR_ID --prompts FILE  a full SDXL checkpoi
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from torch.nn.functional import interpolate
 
 import mcm
 from mcm.denoiser import select
-from mcm.lab import checkpoint, evaluation, metrics, options, plots
+from mcm.lab import checkpoint, evaluation, explorer, metrics, options, plots
 from mcm.lab.data import captioned_folder, permutation, read_lines
 from mcm.lab.run import Training
 from mcm.latent import shapes
@@ -157,16 +158,18 @@ def main(argv: list[str]) -> None:
     if reward:  # the level to reach is that of the teacher's own images
         job.reward_level = evaluator.score(evaluator.teacher_images()[:100]).mean().item()
 
-    drawn = {}
+    views = []
     for student in students:
         seconds["students"][student.name] = train_student(config, job, student, source)
         measure_student(config, evaluator, student)
-        drawn |= draw_student(config, evaluator, student)
+        views += draw_student(config, evaluator, student)
         forget(config, sdxl, student)
     if len(seconds["students"]) > 1:
         # every student in 4 steps, 2 and 1, the same captions and noise
-        chosen = [key for wanted in (4, 2, 1) for key in drawn if key[1] == wanted] or drawn
-        draw_rows(evaluator, {key: drawn[key] for key in chosen}, config.out / "students.png")
+        chosen = [view for wanted in (4, 2, 1) for view in views if view.steps == wanted] or views
+        drawn = {(view.row["recipe"], view.steps): view.images for view in chosen}
+        draw_rows(evaluator, drawn, config.out / "students.png")
+    draw_page(config, evaluator, views)
     seconds["evaluation"] = round(evaluator.rows.seconds, 1)
     seconds["total"] = round(time.perf_counter() - started, 1)
     report(config, options.provenance("run_latent.py", argv, device, PACKAGES), evaluator, seconds)
@@ -466,14 +469,33 @@ class Evaluator:
 
     def sample(self, model: nn.Module, n: int, sampler: str, steps: int, label: str = "") -> Tensor:
         """-> n latents, on the CPU. The same noise and random numbers for all rows."""
-        how = {"times": milestones(steps), "solver": mcm.renoise}
-        if sampler == "ddim":
-            how = {"steps": steps}
-        how["precision"] = "bf16" if self.sdxl.unet.dtype == torch.bfloat16 else "fp32"
-        how["generator"] = torch.Generator(self.sdxl.device).manual_seed(self.config.seed)
+        how = self.how(sampler, steps)
         cond = select(self.cond, slice(0, n))
         where = (self.sdxl.device, self.at_once)
         return evaluation.generate(model, self.z[:n], cond, *where, label=label, **how)
+
+    def how(self, sampler: str, steps: int) -> dict:
+        """Options of mcm.sample."""
+        how = {"steps": steps}
+        if sampler == "renoise":
+            how = {"times": milestones(steps), "solver": mcm.renoise}
+        how["generator"] = torch.Generator(self.sdxl.device).manual_seed(self.config.seed)
+        return how
+
+    def watch(self, row: dict, model: nn.Module) -> explorer.View:
+        """The first few prompts, drawn as this row's images were, with the way there."""
+        n = min(10 if self.sdxl.size <= 16 else 4, len(self.data.asked))
+        how = self.how(row["sampler"], row["steps"])
+        parts = []
+        for chosen in torch.arange(n).split(self.at_once):
+            cond = evaluation.on_device(select(self.cond, chosen), self.sdxl.device)
+            parts.append(explorer.walk(model, self.z[chosen].to(self.sdxl.device), cond, **how))
+        latents, times, paths = zip(*parts)
+        path = torch.cat(paths, 2)
+        seen = explorer.at_most(self.decode(path.flatten(0, 2)), 64).unflatten(0, path.shape[:3])
+        name = re.sub(r"-\d+$", "", row.get("recipe", row["model"]))
+        images = self.decode(torch.cat(latents))
+        return explorer.View(name, row["steps"], images, row, times[0], seen)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -591,16 +613,28 @@ def measure_student(config: Config, evaluator: Evaluator, student: Student) -> N
 Drawn = dict[tuple[str, int], Tensor]  # (name, steps) -> images
 
 
-def draw_student(config: Config, evaluator: Evaluator, student: Student) -> Drawn:
+def draw_student(config: Config, evaluator: Evaluator, student: Student) -> list[explorer.View]:
     """NAME.png: the teacher's 25 steps, then the student's, the same captions and noise."""
-    n = min(10, len(evaluator.data.asked))
     model = evaluator.sdxl.denoiser("average")
-    drawn = {}
-    for steps in student.steps(config):
-        latents = evaluator.sample(model, n, student.sampler, steps)
-        drawn[student.name, steps] = evaluator.decode(latents)
+    rows = [row for row in evaluator.rows.all() if row.get("recipe") == student.name]
+    views = [evaluator.watch(row, model) for row in rows]
+    drawn = {(student.name, view.steps): view.images for view in views}
     draw_rows(evaluator, drawn, config.out / f"{student.name}.png")
-    return drawn
+    return views
+
+
+def draw_page(config: Config, evaluator: Evaluator, views: list[explorer.View]) -> None:
+    """explorer.html: the students beside the teacher."""
+    rows = [row for row in evaluator.rows.all() if row["model"] == "teacher"]
+    views = views + [evaluator.watch(row, evaluator.teacher()) for row in rows]
+    captions = evaluator.data.asked[: len(views[0].images)]
+    metric = ("frechet", "Fréchet distance")
+    if evaluator.real is None:
+        metric = ("rmse_to_teacher", "RMSE to the teacher")
+    note = f"Measured in {len(evaluator.data.asked):,} images, as results.md says."
+    title = f"{evaluator.data.name}, {', '.join(config.recipe)}"
+    about = (captions, "caption", title, note, metric)
+    explorer.save_page(config.out / "explorer.html", views, *about)
 
 
 def draw_rows(evaluator: Evaluator, drawn: Drawn, path: Path) -> None:
@@ -701,7 +735,7 @@ def report(config: Config, where: dict, evaluator: Evaluator, seconds: dict) -> 
         "recipes": recipes,
     }
     evaluation.report(config.out, results, head(results))
-    print(f"{config.out}: results.json, results.md, pictures, each student's folder and model card")
+    print(f"{config.out}: results.json, results.md, explorer.html, pictures, each student's folder")
 
 
 # --- the configuration ----------------------------------------------------------------------------

@@ -1,7 +1,9 @@
-"""The page of figures that move, in a real browser: its numbers are the library's, its handles
-follow mouse and keys. Skipped where there is no Chromium.
+"""The pages that move, in a real browser: the course's, whose numbers are the library's, and that
+of a run, which shows the run's pictures. Handles follow mouse and keys. Skipped where there is no
+Chromium.
 """
 
+import json
 import math
 import re
 import shutil
@@ -11,6 +13,8 @@ import pytest
 import torch
 
 import mcm
+import run_cifar
+from mcm.lab.data import load_data
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="pip install -r requirements-dev.txt")
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
@@ -18,7 +22,8 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select  # noqa: E402
 
-PAGE = Path(__file__).resolve().parent.parent / "tutorials" / "explorer.html"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "tutorials" / "explorer.html"
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 pytestmark = [
     pytest.mark.slow,
@@ -196,3 +201,132 @@ def test_the_page_is_alone():
     assert not re.search(r"(src|href)=\"(https?:)?//", text) and len(text) < 100_000
     for target in re.findall(r'href="([^"#]+)', text):
         assert (PAGE.parent / target).exists(), target
+
+
+def test_both_pages_share_their_style_and_handles():
+    """Written once, in mcm/lab/page; the course's page has a copy inside, as it is one file."""
+    text = PAGE.read_text(encoding="utf-8")
+    for part in ("style.css", "figures.js"):
+        assert (ROOT / "mcm/lab/page" / part).read_text(encoding="utf-8") in text, part
+
+
+# --- the page of a run ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a minute, with the three pictures of it that the page must agree with."""
+    out = tmp_path_factory.mktemp("run") / "digits"
+    sizes = "--preset tiny --channels 16 --teacher-iterations 20 --student-iterations 4"
+    more = "--classifier-iterations 20 --samples 128 --steps 1 4"
+    command = f"--data digits {sizes} {more} --out {out}"
+    assert run_cifar.run(command.split()) == 0
+    return out
+
+
+@pytest.fixture
+def run_page(browser, run):
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.set_window_size(1280, 1000)
+    browser.get((run / "explorer.html").as_uri())
+    yield browser
+    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
+
+
+DOTS = """
+const done = arguments[arguments.length - 1], tile = arguments[0], picture = new Image();
+picture.onload = () => {
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [picture.width, picture.height];
+  const context = canvas.getContext("2d");
+  context.drawImage(picture, 0, 0);
+  const n = document.querySelectorAll("#steps .tile").length, size = picture.width / n;
+  const column = Math.round(parseFloat(tile.style.backgroundPosition) / 100 * (n - 1));
+  const data = context.getImageData(size * column, 0, size, size).data;
+  done(Array.from(data).filter((_, i) => i % 4 === 0));
+};
+picture.src = tile.style.backgroundImage.slice(5, -2);
+"""
+
+
+def tiles(page):
+    return page.find_elements(By.CSS_SELECTOR, "#steps .tile")
+
+
+def drawn(run, name, steps, n=40):
+    """What the library draws from the page's noise, as bytes."""
+    data = load_data("digits")
+    config = run_cifar.parse(["--data", "digits", "--preset", "tiny"])
+    z, labels = run_cifar.to_draw(n, config, data)
+    images = mcm.sample(mcm.load(run / f"{name}.safetensors"), z, steps, labels)
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().long()
+
+
+def test_the_slider_shows_the_images_of_each_k(run_page, run):
+    slider = dot(run_page, "steps", "steps K")
+    slider.send_keys(Keys.HOME)
+    for name, steps in (("cd-1", 1), ("teacher", 2), ("cd-4", 4), ("teacher", 8)):
+        assert said(run_page, "steps").startswith(f"K = {steps}: {name[:2].replace('cd', 'st')}")
+        wanted = drawn(run, name, steps)
+        for i in (0, 13, 39):
+            shown = torch.tensor(run_page.execute_async_script(DOTS, tiles(run_page)[i]))
+            assert (shown - wanted[i].flatten()).abs().max() <= 1, (name, i)
+        run_page.find_element(By.TAG_NAME, "body").send_keys(Keys.ARROW_RIGHT)  # from anywhere
+    dot(run_page, "steps", "steps K").send_keys(Keys.END)
+    assert said(run_page, "steps").startswith("K = 64 = ∞: teacher in 64 steps")
+
+
+def test_the_teacher_in_as_many_steps_is_a_click_away(run_page, run):
+    dot(run_page, "steps", "steps K").send_keys(Keys.HOME)
+    student = run_page.execute_async_script(DOTS, tiles(run_page)[5])
+    run_page.find_element(By.CSS_SELECTOR, "#steps [data-name=teacher]").click()
+    assert "teacher in 1 step," in said(run_page, "steps")
+    teacher = torch.tensor(run_page.execute_async_script(DOTS, tiles(run_page)[5]))
+    assert (teacher - drawn(run, "teacher", 1)[5].flatten()).abs().max() <= 1
+    assert teacher.tolist() != student
+    rows = json.loads((run / "results.json").read_text(encoding="utf-8"))["rows"]
+    found = next(r["frechet"] for r in rows if (r["model"], r["steps"]) == ("teacher", 1))
+    shown = f"{found:.0f}" if found >= 100 else f"{found:.3g}"
+    assert f"Fréchet distance {shown}." in said(run_page, "steps")
+
+
+def test_a_click_opens_the_path(run_page):
+    tiles(run_page)[12].click()
+    assert said(run_page, "path") == "Image 13: 2."
+    for side, K in (("left", "4"), ("right", "1")):
+        select = Select(run_page.find_element(By.CSS_SELECTOR, f"#path select[data-name={side}]"))
+        select.select_by_visible_text(K)
+        box = run_page.find_element(By.CSS_SELECTOR, f"#path div[data-name={side}]")
+        assert f"K = {K}, student" in box.text
+        # z_t and x_hat of each step, the image and its nearest neighbour
+        assert len(box.find_elements(By.CSS_SELECTOR, "[role=img]")) == 2 * int(K) + 2
+
+
+def test_a_class_can_be_chosen(run_page):
+    select = Select(run_page.find_element(By.CSS_SELECTOR, "#steps [data-name=filter]"))
+    select.select_by_visible_text("7")
+    left = [tile for tile in tiles(run_page) if tile.is_displayed()]
+    assert len(left) == 4 and all("7" in tile.get_attribute("title") for tile in left)
+
+
+def test_the_marker_moves_along_the_curve(run_page):
+    places = set()
+    slider = dot(run_page, "steps", "steps K")
+    slider.send_keys(Keys.HOME)
+    for _ in range(7):
+        marker = run_page.find_element(By.CSS_SELECTOR, "#curve .marker")
+        places.add((marker.get_attribute("cx"), marker.get_attribute("cy")))
+        dot(run_page, "steps", "steps K").send_keys(Keys.ARROW_RIGHT)
+    assert len(places) == 7
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_of_a_run_fits_the_window(run_page, run, width):
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    run_page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    run_page.get((run / "explorer.html").as_uri())
+    assert run_page.execute_script("return document.documentElement.scrollWidth") <= width
+    handle = dot(run_page, "steps", "steps K")
+    before = said(run_page, "steps")
+    ActionChains(run_page).click_and_hold(handle).move_by_offset(60, 0).release().perform()
+    assert said(run_page, "steps") != before

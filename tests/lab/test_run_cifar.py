@@ -100,6 +100,7 @@ def test_what_out_receives(quick):
     assert (
         names
         == {"results.json", "results.md", "log.jsonl", "run.json", ".lock", "rows.json", "previews"}
+        | {"explorer.html"}
         | pictures
         | checkpoints
     )

@@ -1,5 +1,6 @@
 import json
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -105,6 +106,7 @@ def test_what_a_run_leaves(done):
         "mlcm.png",
         "mcm-4.png",
         "quality_vs_steps.png",
+        "explorer.html",
         "training.png",
         "mlcm/pytorch_lora_weights.safetensors",
         "mlcm/scheduler_config.json",
@@ -385,12 +387,12 @@ def test_each_row_is_made_with_the_model_and_the_sampler_that_it_names(monkeypat
     monkeypatch.setattr(run_latent.evaluation, "generate", lambda *a, **how: asked.append(how))
     self = SimpleNamespace(
         config=config,
-        sdxl=SimpleNamespace(unet=torch.nn.Linear(1, 1), device=torch.device("cpu")),
+        sdxl=SimpleNamespace(device=torch.device("cpu")),
         cond=None,
         z=torch.zeros(3, 1),
         at_once=1,
     )
-    self.sdxl.unet.dtype = torch.float32
+    self.how = partial(run_latent.Evaluator.how, self)
     for sampler in ("renoise", "ddim"):
         run_latent.Evaluator.sample(self, None, 3, sampler, 4)
     renoise, ddim = asked
