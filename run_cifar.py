@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import ImageColor
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
@@ -38,6 +39,8 @@ class Config:
     """digits, cifar10, imagenet64 or folder"""
     data_dir: Path = Path("data")
     """where the data is, or is downloaded to"""
+    background: str = "black"
+    """of a folder's transparent images: a colour's name, or #rrggbb"""
     preset: str = ""
     """network and run length, listed below (default: the first of the data's)"""
     method: Literal["cd", "ct"] = "cd"
@@ -146,7 +149,7 @@ def main(argv: list[str]) -> None:
     if config.sample:
         return draw_grid(config, device)
     introduce(config)
-    source = (config.data, config.data_dir, config.image_size)
+    source = (config.data, config.data_dir, config.image_size, config.background)
     data = distributed.main_first(lambda: load_data(*source)).to(device)
     given = load_teacher(config.teacher, config, data) if config.teacher else None
     if distributed.is_main():
@@ -595,10 +598,30 @@ def check(config: Config) -> None:
         )
     if config.method == "ct" and config.guidance != 1:
         raise mcm.InputError("--guidance guides the teacher, which --method ct does not ask")
+    try:
+        ImageColor.getrgb(config.background)
+    except ValueError:
+        raise mcm.InputError(
+            f"--background {config.background} is no colour that is known"
+        ) from None
     for K in config.steps:
+        if K > config.grid[1]:
+            raise mcm.InputError(
+                f"--steps {K} is how many steps a student takes; with so many the grid must be as "
+                f"fine: --grid {config.grid[0]} {K}, not {config.grid[1]}"
+            )
         method_for(config, K)
-    with torch.device("meta"):  # sizes that do not fit are an error here, before any data is read
-        unet(config, in_channels=3, classes=0)
+    parameters(config)  # sizes that do not fit are an error here, before any data is read
+
+
+def parameters(config: Config) -> str:
+    """Of the network, in words. (A folder's classes, not known yet, add a little.)"""
+    channels, classes = {"digits": (1, 10), "cifar10": (3, 10), "imagenet64": (3, 1000)}.get(
+        config.data, (3, 0)
+    )
+    with torch.device("meta"):
+        network = unet(config, channels, classes)
+    return f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters"
 
 
 # student_iterations by K: fewer steps are further from the teacher and take longer to learn
@@ -681,18 +704,12 @@ PRESETS: dict[tuple[str, str], tuple[str, Config]] = {
     ("digits", "default"): ("5 to 10 minutes on 2 CPU cores", DIGITS),
     ("digits", "long"): ("20 to 40 minutes on 2 CPU cores", DIGITS_LONG),
     ("digits", "tiny"): ("1 to 2 minutes on 2 CPU cores, for trying things out", DIGITS_TINY),
-    ("cifar10", "small"): ("3.8 M parameters, for one GPU", CIFAR),
-    ("cifar10", "base"): (
-        "35.5 M parameters, for one GPU",
-        Config(channels=144, blocks=3, dropout=0.1),
-    ),
-    ("cifar10", "tiny"): (
-        "1.5 M parameters, images averaged down to 16x16; 45 minutes on 2 CPU cores",
-        TINY,
-    ),
-    ("imagenet64", "base"): ("65.2 M parameters, for one GPU", IMAGENET),
+    ("cifar10", "small"): ("for one GPU", CIFAR),
+    ("cifar10", "base"): ("for one GPU", Config(channels=144, blocks=3, dropout=0.1)),
+    ("cifar10", "tiny"): ("images averaged down to 16x16; 45 minutes on 2 CPU cores", TINY),
+    ("imagenet64", "base"): ("for one GPU", IMAGENET),
     ("folder", "default"): ("depends on the image size; see the bars", FOLDER),
-    ("folder", "small"): ("0.5 M parameters at 16x16; under an hour on 2 CPU cores", FOLDER_SMALL),
+    ("folder", "small"): ("16x16; under an hour on 2 CPU cores", FOLDER_SMALL),
 }
 """(data, name) -> cost, values. The first of a data set is its default."""
 
@@ -701,7 +718,9 @@ def parse(argv: list[str]) -> Config:
     """The command line: a preset, with what was given in its place. Raises InputError."""
     epilog = "presets (every value can be overridden by the option of the same name):\n"
     for (data, name), (cost, config) in PRESETS.items():
-        epilog += f"\n  --data {data} --preset {name}: {cost}\n    {shown_values(config)}\n"
+        size = parameters(replace(config, data=data))
+        epilog += f"\n  --data {data} --preset {name}: {size}, {cost}\n"
+        epilog += f"    {shown_values(config)}\n"
     given = vars(options.parser(Config, "run_cifar.py", __doc__, epilog).parse_args(argv))
     data = given.setdefault("data", Config.data)
     presets = [preset for of, preset in PRESETS if of == data]
@@ -731,7 +750,8 @@ def shown_values(config: Config) -> str:
 
 def introduce(config: Config) -> None:
     """Say what is going to be done."""
-    print(f"{config.data}, preset {config.preset}: {PRESETS[config.data, config.preset][0]}")
+    cost = PRESETS[config.data, config.preset][0]
+    print(f"{config.data}, preset {config.preset}: {parameters(config)}, {cost}")
     print("  " + shown_values(config))
     for K in config.steps:
         method = method_for(config, K)

@@ -29,13 +29,17 @@ from mcm.denoiser import select
 from mcm.lab import checkpoint, evaluation, explorer, metrics, options, plots
 from mcm.lab.data import captioned_folder, permutation, read_lines
 from mcm.lab.run import Training
-from mcm.latent import shapes
-from mcm.latent.distil import Distillation, distil, dry_run
-from mcm.latent.recipes import MILESTONES, RECIPES, Recipe, milestones
-from mcm.latent.scheduler import MCMScheduler, re_noising_timesteps, uniform_timesteps
-from mcm.latent.scorer import CLIPReward, Scorer, train_scorer
-from mcm.latent.sdxl import LORA_FILE, SDXL, load_pipeline
-from mcm.latent.tiny_sdxl import train_tiny_sdxl
+
+try:
+    from mcm.latent import shapes
+    from mcm.latent.distil import Distillation, distil, dry_run
+    from mcm.latent.recipes import MILESTONES, RECIPES, Recipe, milestones
+    from mcm.latent.scheduler import MCMScheduler, re_noising_timesteps, uniform_timesteps
+    from mcm.latent.scorer import CLIPReward, Scorer, train_scorer
+    from mcm.latent.sdxl import LORA_FILE, SDXL, load_pipeline
+    from mcm.latent.tiny_sdxl import train_tiny_sdxl
+except ModuleNotFoundError as missing:
+    sys.exit(f"run_latent.py: error: {missing}: pip install -r requirements-latent.txt")
 
 
 @dataclass(frozen=True)

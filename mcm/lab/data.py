@@ -21,7 +21,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -90,16 +90,21 @@ def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
     )
 
 
-def load_data(name: str, data_dir: str | Path = "data", image_size: int | None = None) -> ImageData:
+def load_data(
+    name: str,
+    data_dir: str | Path = "data",
+    image_size: int | None = None,
+    background: str = "black",
+) -> ImageData:
     """name: "digits", "cifar10", "imagenet64" or "folder".
 
     image_size: what a folder's images are resized to, and the others' are averaged down to; None:
-        64 for a folder, else as they are.
+        64 for a folder, else as they are. background: of a folder's transparent images.
     Raises InputError, naming the file, for anything missing, truncated or of the wrong shape.
     """
     readers = {"digits": digits, "cifar10": cifar10, "imagenet64": imagenet64}
     if name == "folder":
-        return folder(Path(data_dir), image_size or 64)
+        return folder(Path(data_dir), image_size or 64, background)
     if name in readers:
         return downsample(readers[name](Path(data_dir)), image_size)
     raise InputError(f"unknown data set {name!r}: choose digits, cifar10, imagenet64 or folder")
@@ -125,9 +130,17 @@ def downsample(data: ImageData, image_size: int | None) -> ImageData:
 
 
 def hold_out(
-    name: str, images: Tensor, labels: Tensor, classes: int, n: int | None = None
+    name: str,
+    images: Tensor,
+    labels: Tensor,
+    classes: int,
+    n: int | None = None,
+    of_each: bool = False,
 ) -> ImageData:
-    """Set n random images aside (default: a tenth, at most 1,000): the same whatever the seed."""
+    """Set n random images aside (default: a tenth, at most 1,000): the same whatever the seed.
+
+    of_each: but leave one of each class to learn from.
+    """
     if len(images) < 20:
         raise InputError(
             f"{len(images)} images are too few: at least 20, and thousands to learn anything"
@@ -136,6 +149,11 @@ def hold_out(
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held = order[:n].sort().values
     kept = order[n:].sort().values
+    if of_each:
+        lost = sorted(set(labels[held].tolist()) - set(labels[kept].tolist()))
+        back = [held[labels[held] == label][:1] for label in lost]
+        kept = torch.cat([kept, *back]).sort().values
+        held = held[~torch.isin(held, kept)]
     return ImageData(name, images[kept], labels[kept], images[held], labels[held], classes)
 
 
@@ -274,55 +292,122 @@ def read_npz(paths: list[Path]) -> tuple[Tensor, Tensor]:
 # --- folders of images ----------------------------------------------------------------------------
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """To RGB, transparent parts on black."""
-    if "A" not in image.getbands() and "transparency" not in image.info:
+BACKGROUND = "black"
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".avif")
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
+
+def is_transparent(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "transparency" in image.info
+
+
+def flatten(image: Image.Image, background: str = BACKGROUND) -> Image.Image:
+    """Upright, in RGB, transparent parts on the background. 16 bits become 8.
+
+    Raises ValueError for values whose range the file does not tell.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("it holds 32-bit numbers, and nothing says which is white")
+    if not is_transparent(image):
         return image.convert("RGB")
     image = image.convert("RGBA")
-    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-    return Image.alpha_composite(black, image).convert("RGB")
+    ground = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(ground, image).convert("RGB")
 
 
-def read_images(paths: Sequence[Path], image_size: int) -> Iterator[tuple[int, Tensor]]:
+def printable(path: object) -> str:
+    """Its name; a file's may hold bytes that are no text."""
+    return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
+
+
+def read_images(
+    paths: Sequence[Path], image_size: int, background: str = BACKGROUND
+) -> Iterator[tuple[int, Tensor]]:
     """The index and the pixels of each image that can be read: (3, image_size, image_size) uint8.
 
-    As RGB, the shorter side resized and the centre cut out. Others are named, counted and skipped.
+    As `flatten` has them, the shorter side resized and the centre cut out. Others are named,
+    counted and skipped.
     """
-    skipped = 0
+    skipped = transparent = 0
     for index, path in enumerate(tqdm(paths, "reading", leave=False)):
         try:
             with Image.open(path) as image:
-                square = resize(flatten(image), image_size, antialias=True)
+                see_through = is_transparent(image)
+                square = resize(flatten(image, background), image_size, antialias=True)
                 square = center_crop(square, [image_size, image_size])
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # a decoder raises whatever it does
             skipped += 1
-            tqdm.write(f"skipping {path}: {error}")
+            tqdm.write(f"skipping {printable(path)}: {printable(error)}")
             continue
+        transparent += see_through
         yield index, torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    if transparent:
+        print(f"{transparent:,} images are transparent: shown on {background}")
     if skipped:
         print(f"{skipped} of {len(paths)} images could not be read and were skipped")
     if skipped == len(paths):
         raise InputError(f"none of the {len(paths)} images could be read")
 
 
-def folder(data_dir: Path, image_size: int) -> ImageData:
+def files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """In alphabetical order, without what is hidden or macOS's; links to folders are followed.
+
+    above: where the folders above really are: a link to one of them would never end.
+    """
+    above = above | {os.path.realpath(folder)}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name == "__MACOSX":
+            continue
+        if path.is_dir():
+            if os.path.realpath(path) not in above:
+                yield from files_below(path, above)
+        elif path.is_file():
+            yield path
+
+
+def folder(data_dir: Path, image_size: int, background: str = BACKGROUND) -> ImageData:
     """All images below data_dir; see `read_images`.
 
     First-level sub-folders are the classes, in alphabetical order (one class if there are none).
     """
     if not data_dir.is_dir():
         raise InputError(f"{data_dir} is not a folder: point --data-dir at a folder of images")
-    files = sorted(p for p in data_dir.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-    paths = [p for p in files if p.is_file()]
+    files = list(files_below(data_dir))
+    paths = [p for p in files if p.suffix.lower() in EXTENSIONS]
+    others = sorted({p.suffix.lower() for p in files} - set(EXTENSIONS))
     if not paths:
-        raise InputError(f"no images in {data_dir} (looked for {', '.join(IMG_EXTENSIONS)})")
-    group = [p.relative_to(data_dir).parts[0] if p.parent != data_dir else "" for p in paths]
-    classes = sorted(set(group))
-    images, labels = [], []
-    for index, pixels in read_images(paths, image_size):
+        raise InputError(f"no images in {data_dir} (looked for {', '.join(EXTENSIONS)})")
+    if others:
+        kinds = printable(", ".join(other or "no ending" for other in others[:10]))
+        print(f"{len(files) - len(paths)} files that are no images ({kinds}) were left out")
+    group, images = [], []
+    for index, pixels in read_images(paths, image_size, background):
         images.append(pixels)
-        labels.append(classes.index(group[index]))
-    return hold_out("folder", torch.stack(images), torch.tensor(labels), len(classes))
+        parts = paths[index].relative_to(data_dir).parts
+        group.append(parts[0] if len(parts) > 1 else "")
+    classes = sorted(set(group))
+    introduce_classes(data_dir, group, classes)
+    labels = torch.tensor([classes.index(name) for name in group])
+    return hold_out("folder", torch.stack(images), labels, len(classes), of_each=True)
+
+
+def introduce_classes(data_dir: Path, group: list[str], classes: list[str]) -> None:
+    """Say what was taken for a class; a folder may have been meant otherwise."""
+    if len(classes) == 1:
+        return
+    told = [f"{printable(name) or '(in no folder)'} {group.count(name):,}" for name in classes[:20]]
+    print(f"{len(classes)} classes: {', '.join(told)}{', ...' * (len(classes) > 20)}")
+    if "" in classes:
+        print(f"{group.count(''):,} images lie beside the class folders: a class of their own")
+    splits = [name for name in classes if name.lower() in SPLITS]
+    if len(splits) > 1:
+        print(
+            f"{' and '.join(splits)} look like parts of one data set, and were taken for classes: "
+            f"point --data-dir at {data_dir / splits[0]} for the classes in it"
+        )
 
 
 def cat_on_disk(parts: Iterable[Tensor], folder: Path | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import pickle
 import zipfile
 
@@ -10,7 +11,14 @@ from PIL import Image
 
 import mcm
 from mcm.lab import data as module
-from mcm.lab.data import captioned_folder, cat_on_disk, load_data, read_lines, to_float
+from mcm.lab.data import (
+    captioned_folder,
+    cat_on_disk,
+    load_data,
+    read_images,
+    read_lines,
+    to_float,
+)
 
 
 def test_digits():
@@ -290,6 +298,147 @@ def test_folders_that_cannot_be_used(tmp_path):
         load_data("folder", tmp_path, 8)
     with pytest.raises(mcm.InputError, match="unknown data set 'mnist'"):
         load_data("mnist", tmp_path)
+
+
+def filled(folder, n=24, **how):
+    for i in range(n):
+        picture(folder / f"{i}.png", (8, 8), **how)
+
+
+def read(path, **how):
+    """One image as it is read, at 8 pixels."""
+    ((_, pixels),) = read_images([path], 8, **how)
+    return pixels
+
+
+@pytest.mark.parametrize("reader", ["folder", "captioned"])
+def test_a_photograph_stands_upright(reader, tmp_path):
+    """EXIF orientation 6: stored lying on its side, red on top when shown."""
+    image = Image.new("RGB", (16, 16), (0, 0, 255))
+    image.paste((255, 0, 0), (0, 0, 16, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(20):
+        image.rotate(90).save(tmp_path / f"{i}.jpg", exif=exif, quality=95)
+    lines = [json.dumps({"file_name": f"{i}.jpg", "text": "red above blue"}) for i in range(20)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    if reader == "folder":
+        images = load_data("folder", tmp_path, 16).images
+    else:
+        images = captioned_folder(tmp_path, 16)[1]
+    assert (images[:, 0, :6] > 200).all() and (images[:, 2, 10:] > 200).all()
+
+
+def test_sixteen_bits_become_eight(tmp_path, capsys):
+    for value, wanted in ((0, 0), (257, 1), (32768, 128), (65535, 255)):
+        Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / "a.png")
+        assert (read(tmp_path / "a.png") == wanted).all(), value
+    for name, kind in (("b.tif", np.float32), ("c.tif", np.int32)):
+        Image.fromarray(np.full((8, 8), 3, kind)).save(tmp_path / name)
+        with pytest.raises(mcm.InputError, match="none of the 1 images"):
+            read(tmp_path / name)
+        assert "nothing says which is white" in "".join(capsys.readouterr())
+
+
+def test_hidden_folders_are_no_classes(tmp_path, capsys):
+    for name in ("cats", "dogs", ".ipynb_checkpoints", "__MACOSX"):
+        filled(tmp_path / name, 12)
+    filled(tmp_path / "cats" / ".thumbnails", 5)
+    picture(tmp_path / "dogs" / "._1.png")
+    data = load_data("folder", tmp_path, 8)
+    assert data.classes == 2 and len(data.images) + len(data.held_images) == 24
+    assert "2 classes: cats 12, dogs 12" in capsys.readouterr().out
+
+
+def test_each_class_has_an_image_to_learn_from(tmp_path, capsys):
+    filled(tmp_path / "many", 100)
+    for i in range(8):
+        picture(tmp_path / f"one{i}" / "x.png")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.png").write_bytes(b"nothing")
+    data = load_data("folder", tmp_path, 8)
+    assert data.classes == 9 and set(data.labels.tolist()) == set(range(9))
+    assert len(data.images) + len(data.held_images) == 108 and len(data.held_images) >= 1
+    assert "9 classes: many 100, one0 1," in capsys.readouterr().out
+
+
+def test_what_may_have_been_meant_otherwise_is_said(tmp_path, capsys):
+    for split in ("train", "val"):
+        for name in ("cats", "dogs"):
+            filled(tmp_path / "a" / split / name, 6)
+    assert load_data("folder", tmp_path / "a", 8).classes == 2
+    assert f"point --data-dir at {tmp_path / 'a' / 'train'}" in capsys.readouterr().out
+    filled(tmp_path / "b" / "cats", 12)
+    filled(tmp_path / "b", 10)
+    assert load_data("folder", tmp_path / "b", 8).classes == 2
+    out = capsys.readouterr().out
+    assert "(in no folder) 10" in out and "10 images lie beside the class folders" in out
+
+
+def test_linked_folders_are_followed_and_loops_end(tmp_path):
+    filled(tmp_path / "elsewhere", 12)
+    filled(tmp_path / "data" / "cats", 12)
+    (tmp_path / "data" / "dogs").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "cats" / "loop").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere" / "itself").symlink_to(tmp_path / "elsewhere")
+    data = load_data("folder", tmp_path / "data", 8)
+    assert data.classes == 2 and len(data.images) + len(data.held_images) == 24
+
+
+def test_whatever_a_decoder_raises_and_whatever_a_file_is_called(tmp_path, capfd):
+    """Names that are no text, a damaged TIFF (its decoder raises TypeError)."""
+    filled(tmp_path, 22)
+    strange = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    with open(strange, "wb") as file:
+        file.write(b"nothing")
+    picture(tmp_path / "whole.tif", (8, 8))
+    whole = (tmp_path / "whole.tif").read_bytes()
+    rng = np.random.default_rng(0)
+    for i in range(30):  # somewhere a byte is another
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        (tmp_path / f"damaged{i}.tif").write_bytes(damaged)
+    assert load_data("folder", tmp_path, 8).classes == 1
+    out, err = capfd.readouterr()
+    assert "caf\\xe9.png" in out + err and "could not be read" in out
+
+
+def test_any_error_of_a_decoder_skips_its_image(tmp_path, monkeypatch, capsys):
+    filled(tmp_path, 21)
+    real = Image.open
+
+    def fails(path, *arguments):
+        if path.name == "3.png":
+            raise TypeError("a decoder's own trouble \udce9")
+        return real(path, *arguments)
+
+    monkeypatch.setattr(Image, "open", fails)
+    data = load_data("folder", tmp_path, 8)
+    assert len(data.images) + len(data.held_images) == 20
+    assert "3.png: a decoder's own trouble" in "".join(capsys.readouterr())
+
+
+def test_other_endings(tmp_path, capsys):
+    for end in ("gif", "jfif", "webp", "PNG"):
+        for i in range(6):
+            picture(tmp_path / f"{i}.{end}", (8, 8))
+    (tmp_path / "a.heic").write_bytes(b"?")
+    (tmp_path / "notes.txt").write_bytes(b"?")
+    data = load_data("folder", tmp_path, 8)
+    assert len(data.images) + len(data.held_images) == 24
+    assert "2 files that are no images (.heic, .txt) were left out" in capsys.readouterr().out
+
+
+def test_transparent_images_are_said_and_their_background_chosen(tmp_path, capsys):
+    filled(tmp_path, 21, colour=(0, 255, 0, 0), mode="RGBA")
+    picture(tmp_path / "opaque.png", (8, 8), (9, 9, 9))
+    data = load_data("folder", tmp_path, 8)
+    assert capsys.readouterr().out.count("21 images are transparent: shown on black") == 1
+    white = load_data("folder", tmp_path, 8, "white")
+    assert "shown on white" in capsys.readouterr().out
+    for found, value in ((data, 0), (white, 255)):
+        pixels = torch.cat([found.images, found.held_images])[:, 0, 0, 0]
+        assert sorted(pixels.tolist()) == sorted([9] + [value] * 21)
 
 
 def test_fingerprint_tells_data_apart():
