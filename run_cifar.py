@@ -358,7 +358,7 @@ def make_evaluator(config: Config, data: ImageData) -> metrics.Evaluator:
     asked = (data, config.classifier_iterations, features_file(config, data))
     classifier, accuracy = distributed.main_first(lambda: metrics.train_classifier(*asked))
     print(f"{len(data.images):,} training images, {len(data.held_images):,} held out")
-    print(f"the feature classifier is right on {accuracy:.1%} of those held out")
+    print(f"the feature classifier tells {classifier.task}: {accuracy:.1%} of those held out right")
     extractor = inception or classifier
     real = metrics.real_features(data, extractor, config.out.parent)
     return metrics.Evaluator(classifier, accuracy, extractor, real)
@@ -514,6 +514,8 @@ def report(
 ) -> None:
     """Write and print what was found."""
     inception = is_inception(config)
+    classes = evaluator.classifier.task == "classes"
+    learned = "trained on" if classes else f"of {evaluator.classifier.task} trained on"
     trained = {str(K): models[f"{config.method}-{K}"].metadata["seconds"] for K in config.steps}
     taught = None if config.teacher else models["teacher"].metadata["seconds"]
     parts = (taught or 0) + sum(trained.values()) + rows.seconds
@@ -523,7 +525,7 @@ def report(
         **where,
         "metric": {
             "name": "fid" if is_fid(config) else "frechet",
-            "features": "Inception-v3" if inception else f"a classifier trained on {config.data}",
+            "features": "Inception-v3" if inception else f"a classifier {learned} {config.data}",
             "dim": evaluator.extractor.DIM,
             "n_generated": config.samples,
             "n_reference": len(evaluator.real),

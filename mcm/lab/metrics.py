@@ -110,10 +110,11 @@ def nearest(queries: Tensor, images: Tensor, chunk: int = 8192) -> Tensor:
 class Classifier(nn.Module):
     """Pairs of convolutions, halving the image until 4 pixels are left, and 64 features.
 
-    features(x): (B, C, H, W) in [-1, 1] -> (B, 64).
+    features(x): (B, C, H, W) in [-1, 1] -> (B, 64). task: what it learned, in words.
     """
 
     DIM = 64
+    task = "nothing"
 
     def __init__(self, image_shape: tuple[int, ...], classes: int, channels: int = 32):
         super().__init__()
@@ -158,41 +159,70 @@ def embed(
     return torch.cat(features), torch.cat(classes) if classes else None
 
 
+def task_of(data: ImageData) -> str:
+    """What the feature classifier learns, in words.
+
+    To tell classes apart; where there is only one, nothing would be learned so, and it learns by
+    how much an image was turned (arXiv 1803.07728).
+    """
+    return "classes" if data.classes > 1 else "quarter turns"
+
+
+def turned(x: Tensor, turns: Tensor) -> Tensor:
+    """x (n, C, S, S), each by so many (n,) quarter turns."""
+    result = x.clone()
+    for k in (1, 2, 3):
+        result[turns == k] = torch.rot90(x[turns == k], k, (2, 3))
+    return result
+
+
 def train_classifier(data: ImageData, iterations: int, path: Path) -> tuple[Classifier, float]:
     """-> the feature extractor for `data`, and its accuracy on the held-out images.
 
-    Trained with a fixed seed (its features do not depend on the run's seed) and cached at `path`; a
-    cache made for other data is refused with an InputError.
+    Trained on `task_of(data)` with a fixed seed (its features do not depend on the run's seed) and
+    cached at `path`; a cache made for other data is refused with an InputError.
     """
     device = data.images.device
     wanted = {"data": data.name, "fingerprint": data.fingerprint(), "iterations": iterations}
+    answers = data.classes
+    if data.classes == 1:
+        answers = 4
+        wanted["task"] = task_of(data)
     if path.is_file():
         tensors, metadata = read_safetensors(path)
         if metadata != wanted:
             reason = f"{path} holds a feature classifier for {metadata}, not {wanted}"
             raise InputError(f"{reason}: delete it, or use another --features")
-        classifier = Classifier(data.image_shape, data.classes)
+        classifier = Classifier(data.image_shape, answers)
         classifier.load_state_dict(tensors)
         classifier.to(device)
     else:
         make_folder(path.parent, "--features")
         with restored_randomness(device):
             torch.manual_seed(0)
-            classifier = Classifier(data.image_shape, data.classes).to(device)
+            classifier = Classifier(data.image_shape, answers).to(device)
             fit(classifier, data, iterations)
         write_safetensors(path, classifier.state_dict(), wanted)
-    classifier.eval().requires_grad_(False)
-    _, predicted = embed(classifier, data.held_images)
-    return classifier, (predicted == data.held_labels.cpu()).double().mean().item()
+    classifier.eval().requires_grad_(False).task = task_of(data)
+    images, labels = data.held_images, data.held_labels
+    if data.classes == 1:
+        labels = torch.arange(4, device=device).repeat_interleave(len(images))
+        images = turned(images.repeat(4, 1, 1, 1), labels)
+    _, predicted = embed(classifier, images)
+    return classifier, (predicted == labels.cpu()).double().mean().item()
 
 
 def fit(classifier: Classifier, data: ImageData, iterations: int, batch: int = 128) -> None:
-    """Cross-entropy, one cycle of the learning rate."""
+    """Cross-entropy on `task_of(data)`, one cycle of the learning rate."""
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, iterations)
     for step in tqdm(range(iterations), "feature classifier", leave=False, unit="it"):
         rows = batch_indices(len(data.images), batch, step, seed=0).to(data.images.device)
-        loss = F.cross_entropy(classifier(to_float(data.images[rows])), data.labels[rows])
+        x, answers = to_float(data.images[rows]), data.labels[rows]
+        if data.classes == 1:
+            answers = torch.randint(4, (len(rows),)).to(x.device)
+            x = turned(x, answers)
+        loss = F.cross_entropy(classifier(x), answers)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,3 +1,5 @@
+from dataclasses import replace
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -105,6 +107,45 @@ def test_the_feature_classifier_is_good_cached_and_deterministic(tmp_path):
     )
     with pytest.raises(mcm.InputError, match="delete it, or use another"):
         metrics.train_classifier(data, 200, tmp_path / "f.safetensors")
+
+
+def unlabelled():
+    data = digits()
+    none = torch.zeros_like
+    return replace(data, classes=1, labels=none(data.labels), held_labels=none(data.held_labels))
+
+
+def test_quarter_turns():
+    x = torch.arange(16.0).reshape(1, 1, 4, 4).repeat(4, 1, 1, 1)
+    found = metrics.turned(x, torch.tensor([0, 1, 2, 3]))
+    for k in range(4):
+        assert torch.equal(found[k], torch.rot90(x[0], k, (1, 2)))
+
+
+@pytest.mark.slow
+def test_features_learned_without_labels_order_the_steps_as_the_classifiers_do(tmp_path):
+    """One class teaches a classifier nothing: its loss is 0 from the start."""
+    classifier, accuracy = metrics.train_classifier(unlabelled(), 300, tmp_path / "t.safetensors")
+    assert classifier.task == "quarter turns" and 0.9 < accuracy < 1
+    again, same = metrics.train_classifier(unlabelled(), 300, tmp_path / "t.safetensors")
+    assert same == accuracy and again.task == classifier.task
+    other, _ = metrics.train_classifier(digits(), 300, tmp_path / "c.safetensors")
+    weights = Path(__file__).parents[2] / "tutorials" / "weights" / "digits"
+    n = 600
+    z = torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    labels = torch.arange(n) % 10
+    for kind in ("teacher", "cd"):
+        distances = []
+        for K in (1, 2, 4, 8):
+            model = mcm.load(weights / f"{f'cd-{K}' if kind == 'cd' else kind}.safetensors")
+            images = mcm.sample(model, z, K, labels).clamp(-1, 1)
+            distances.append([])
+            for extractor in (classifier, other):
+                real = metrics.embed(extractor, digits().images)[0]
+                found = metrics.frechet(real, metrics.embed(extractor, images)[0])
+                distances[-1].append(found)
+        for of_one in zip(*distances):
+            assert list(of_one) == sorted(of_one, reverse=True), (kind, of_one)
 
 
 @pytest.mark.slow
