@@ -56,7 +56,8 @@ class Config:
     resume: bool = False
     """continue the run in --out: what is finished is not repeated"""
     sample: Path | None = None
-    """only draw a grid of samples from this checkpoint, in the number of steps it was made for"""
+    """only draw a grid of samples from this checkpoint, in the number of steps it was made for;
+    pretrained:NAME for one that the repository holds (a wrong name lists them)"""
     n: int = 64
     """with --sample: how many images"""
 
@@ -481,10 +482,9 @@ def draw_page(
                 view.nearest = to_float(data.images[rows_of]).cpu()
             views.append(view)
     names = CIFAR_CLASSES if config.data == "cifar10" else range(data.classes)
-    distance = f"Distances are measured in {config.samples:,} images, as results.md says."
-    title = f"{config.data}, seed {config.seed}"
-    classes = [str(names[i]) for i in labels.tolist()]
-    explorer.save_page(config.out / "explorer.html", views, classes, "class", title, distance)
+    note = f"Distances are measured in {config.samples:,} images, as results.md says."
+    about = ([str(names[i]) for i in labels.tolist()], "class", config.data, note)
+    explorer.save_page(config.out / "explorer.html", views, *about)
 
 
 def head(results: dict) -> list[str]:
@@ -561,7 +561,8 @@ def draw_grid(config: Config, device: torch.device) -> None:
     images = generate(guide(denoiser, config), z, labels, config, **how)
     seconds = (time.perf_counter() - began) / config.n
     if distributed.is_main():
-        path = config.out / f"{config.sample.stem}-{steps}-steps.png"
+        name = config.sample.stem.removeprefix(checkpoint.PRETRAINED)
+        path = config.out / f"{name}-{steps}-steps.png"
         save_grid(images, path, columns=math.ceil(math.sqrt(config.n)))
         print(f"{path}: {config.n} images, {steps} steps each, {seconds:.4f} seconds per image")
     distributed.stop()
@@ -608,19 +609,16 @@ def check(config: Config) -> None:
         ) from None
     for K in config.steps:
         if K > config.grid[1]:
-            raise mcm.InputError(
-                f"--steps {K} is how many steps a student takes; with so many the grid must be as "
-                f"fine: --grid {config.grid[0]} {K}, not {config.grid[1]}"
-            )
+            needed = f"as fine a grid: --grid {config.grid[0]} {K}, not {config.grid[1]}"
+            raise mcm.InputError(f"--steps {K}: a student of so many sampling steps needs {needed}")
         method_for(config, K)
     parameters(config)  # sizes that do not fit are an error here, before any data is read
 
 
 def parameters(config: Config) -> str:
     """Of the network, in words. (A folder's classes, not known yet, add a little.)"""
-    channels, classes = {"digits": (1, 10), "cifar10": (3, 10), "imagenet64": (3, 1000)}.get(
-        config.data, (3, 0)
-    )
+    known = {"digits": (1, 10), "cifar10": (3, 10), "imagenet64": (3, 1000)}
+    channels, classes = known.get(config.data, (3, 0))
     with torch.device("meta"):
         network = unet(config, channels, classes)
     return f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters"
@@ -734,9 +732,13 @@ def parse(argv: list[str]) -> Config:
         raise mcm.InputError(f"no preset {preset!r} for {data}: choose {', '.join(presets)}")
     if given.get("features") == Path("inception"):
         given.setdefault("samples", FID_SAMPLES)
+    if str(given.get("teacher", "")).startswith(checkpoint.PRETRAINED):
+        name = str(given["teacher"]).removeprefix(checkpoint.PRETRAINED)
+        given["teacher"] = checkpoint.pretrained(name)
     if "sample" in given:
         given.setdefault("steps", ())  # those that the checkpoint was made for
-        given.setdefault("out", given["sample"].parent)
+        shipped = str(given["sample"]).startswith(checkpoint.PRETRAINED)
+        given.setdefault("out", Path("runs/samples") if shipped else given["sample"].parent)
     given.setdefault("out", Path("runs") / data)
     return replace(PRESETS[data, preset][1], **given)
 

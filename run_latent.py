@@ -636,7 +636,7 @@ def draw_page(config: Config, evaluator: Evaluator, views: list[explorer.View]) 
     if evaluator.real is None:
         metric = ("rmse_to_teacher", "RMSE to the teacher")
     note = f"Measured in {len(evaluator.data.asked):,} images, as results.md says."
-    title = f"{evaluator.data.name}, {', '.join(config.recipe)}"
+    title = f"{evaluator.data.name}: {', '.join(config.recipe)}"
     about = (captions, "caption", title, note, metric)
     explorer.save_page(config.out / "explorer.html", views, *about)
 

@@ -106,12 +106,32 @@ def save(path: str | Path, denoiser: Denoiser, **metadata) -> None:
     write_safetensors(path, denoiser.network.state_dict(), metadata)
 
 
+WEIGHTS = Path(__file__).resolve().parents[2] / "tutorials" / "weights"
+PRETRAINED = "pretrained:"
+
+
+def pretrained(name: str) -> Path:
+    """ "digits-4" -> the 4-step student of digits that the repository holds; "digits-teacher".
+
+    Raises InputError, naming what there is.
+    """
+    files = [*WEIGHTS.glob("*/teacher.safetensors"), *WEIGHTS.glob("*/cd-*.safetensors")]
+    there = {f"{file.parent.name}-{file.stem.removeprefix('cd-')}": file for file in sorted(files)}
+    if name not in there:
+        these = ", ".join(there) or "none, as they are in the repository, not in the package"
+        raise InputError(f"{PRETRAINED}{name} is not there; these are: {these}")
+    return there[name]
+
+
 def load(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     """-> the Denoiser that `save` wrote, in eval mode, with the header in `denoiser.metadata`.
 
+    path: a file, or "pretrained:NAME" for one of those in the repository, see `pretrained`.
     Raises InputError if the file is missing, truncated, a pickle, not ours, or does not fit the
     network that its header describes, which is looked at before memory is taken.
     """
+    if str(path).startswith(PRETRAINED):
+        path = pretrained(str(path).removeprefix(PRETRAINED))
     metadata, shapes = read_header(path)
     if "network" not in metadata:
         raise InputError(

@@ -135,11 +135,11 @@ def hold_out(
     labels: Tensor,
     classes: int,
     n: int | None = None,
-    of_each: bool = False,
+    each: bool = False,
 ) -> ImageData:
     """Set n random images aside (default: a tenth, at most 1,000): the same whatever the seed.
 
-    of_each: but leave one of each class to learn from.
+    each: but leave one of each class to learn from.
     """
     if len(images) < 20:
         raise InputError(
@@ -149,7 +149,7 @@ def hold_out(
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held = order[:n].sort().values
     kept = order[n:].sort().values
-    if of_each:
+    if each:
         lost = sorted(set(labels[held].tolist()) - set(labels[kept].tolist()))
         back = [held[labels[held] == label][:1] for label in lost]
         kept = torch.cat([kept, *back]).sort().values
@@ -391,7 +391,7 @@ def folder(data_dir: Path, image_size: int, background: str = BACKGROUND) -> Ima
     classes = sorted(set(group))
     introduce_classes(data_dir, group, classes)
     labels = torch.tensor([classes.index(name) for name in group])
-    return hold_out("folder", torch.stack(images), labels, len(classes), of_each=True)
+    return hold_out("folder", torch.stack(images), labels, len(classes), each=True)
 
 
 def introduce_classes(data_dir: Path, group: list[str], classes: list[str]) -> None:
@@ -404,10 +404,8 @@ def introduce_classes(data_dir: Path, group: list[str], classes: list[str]) -> N
         print(f"{group.count(''):,} images lie beside the class folders: a class of their own")
     splits = [name for name in classes if name.lower() in SPLITS]
     if len(splits) > 1:
-        print(
-            f"{' and '.join(splits)} look like parts of one data set, and were taken for classes: "
-            f"point --data-dir at {data_dir / splits[0]} for the classes in it"
-        )
+        inside = data_dir / splits[0]
+        print(f"{' and '.join(splits)} look like splits, no classes: point --data-dir at {inside}")
 
 
 def cat_on_disk(parts: Iterable[Tensor], folder: Path | None = None) -> Tensor:

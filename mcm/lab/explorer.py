@@ -80,9 +80,8 @@ def sheet(images: Tensor, exact: bool) -> str:
     whole = images.permute(0, 3, 1, 4, 2).reshape(rows * height, n * width, channels)
     dots = ((whole.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, -1, 3)
     stream = io.BytesIO()
-    how = {"format": "PNG", "optimize": True} if exact else {"format": "JPEG", "quality": 80}
-    Image.fromarray(dots.contiguous().numpy()).save(stream, **how)
-    kind = "png" if exact else "jpeg"
+    kind, how = ("png", {"optimize": True}) if exact else ("jpeg", {"quality": 80})
+    Image.fromarray(dots.contiguous().numpy()).save(stream, kind, **how)
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
@@ -130,13 +129,8 @@ def save_page(
     labels: one for each place, of this kind ("class", "caption"). note: what the measure is.
     metric: its key in the views' rows, and its name.
     """
-    n = len(labels)
-    columns = max(c for c in range(1, 11) if n % c == 0)
-    about = (
-        "The same noise in the same place, drawn in K steps: by students of K steps, and in the "
-        "most steps by the diffusion model that taught them, which is what they become as K grows."
-    )
-    data = {"title": title, "about": about, "note": note, "kind": kind, "metric": metric[1]}
+    columns = max(c for c in range(1, 11) if len(labels) % c == 0)
+    data = {"title": title, "note": note, "kind": kind, "metric": metric[1]}
     data |= {"labels": labels, "columns": columns, "smooth": views[0].images.shape[-1] > 64}
     data["views"] = [as_data(view, metric[0]) for view in views]
     safe = json.dumps(data, allow_nan=False).replace("</", "<\\/")  # it stands inside <script>

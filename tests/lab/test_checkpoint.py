@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import mcm
+import run_cifar
+from mcm.lab import checkpoint
 from mcm.lab.checkpoint import close_out, must_be, open_out
 
 COSINE = mcm.CosineSchedule()
@@ -138,3 +140,31 @@ open_out(Path({str(out)!r}), {{"seed": 1}}, True)
     with pytest.raises(mcm.InputError, match="seed 1, but now it is seed 2"):
         open_out(out, {"seed": 2}, resume=True)
     close_out()
+
+
+def test_weights_that_are_there_already(tmp_path, monkeypatch, capsys):
+    student = mcm.load("pretrained:digits-4")
+    file = checkpoint.WEIGHTS / "digits" / "cd-4.safetensors"
+    for a, b in zip(student.state_dict().values(), mcm.load(file).state_dict().values()):
+        assert torch.equal(a, b)
+    assert (
+        student.student_steps == 4 and mcm.load("pretrained:digits-teacher").student_steps is None
+    )
+    with pytest.raises(mcm.InputError, match="these are: .*cifar10-small-4.*digits-teacher"):
+        mcm.load("pretrained:cifar100")
+    monkeypatch.chdir(tmp_path)
+    assert run_cifar.run(["--sample", "pretrained:digits-2", "--n", "4"]) == 0
+    assert (tmp_path / "runs/samples/digits-2-2-steps.png").is_file()
+    config = run_cifar.parse(["--data", "digits", "--teacher", "pretrained:digits-teacher"])
+    assert config.teacher == checkpoint.WEIGHTS / "digits" / "teacher.safetensors"
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
+    with pytest.raises(mcm.InputError, match="none, as they are in the repository"):
+        mcm.load("pretrained:digits-4")
+
+
+@pytest.mark.parametrize("name", ["cifar10-small-4", "cifar10-small-teacher"])
+def test_cifar10s_weights_draw_images(name):
+    """Not noise: neighbouring dots are alike."""
+    model = mcm.load(f"pretrained:{name}")
+    images = mcm.sample(model, torch.randn(4, 3, 32, 32), 4, cond=torch.arange(4))
+    assert images.diff(dim=3).square().mean() < 0.2 * images.var()
