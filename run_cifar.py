@@ -468,15 +468,14 @@ def draw_page(
 ) -> None:
     """explorer.html: the students, the teacher in as many steps and in more."""
     z, labels = to_draw(explorer.how_many(data.image_shape[1]), config, data)
-    teacher = guide(models["teacher"], config)
+    models = models | {"teacher": guide(models["teacher"], config)}
     views = []
-    for row in rows.all():
-        if row["sampler"] == "ddim":
-            student, steps = row["model"] == "student", row["steps"]
-            model = models[f"{config.method}-{steps}"] if student else teacher
-            images, times, path = explorer.walk(model, z, labels, steps=steps)
+    for name, sampler, steps in plan(config):
+        if sampler == "ddim":
+            row = rows.entries[f"{name} {sampler} {steps}"]["row"]
+            images, times, path = explorer.walk(models[name], z, labels, steps=steps)
             view = explorer.View(row["model"], steps, images, row, times)
-            if student or steps not in config.steps:
+            if name != "teacher" or steps not in config.steps:
                 view.path = path
                 rows_of = metrics.nearest(images.to(z.device), data.images)
                 view.nearest = to_float(data.images[rows_of]).cpu()

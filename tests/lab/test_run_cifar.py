@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -425,7 +427,20 @@ def test_presets_have_the_size_they_say(data, preset, millions):
         network = run_cifar.unet(config, 3, 10 if data == "cifar10" else 1000)
     counted = sum(p.numel() for p in network.parameters()) / 1e6
     assert counted == pytest.approx(millions, abs=0.06)
-    assert f"{millions} M" in run_cifar.PRESETS[data, preset][0]
+    assert run_cifar.parameters(config) == f"{millions} M parameters"
+
+
+def test_help_and_a_run_say_the_same_size(capsys):
+    """Computed, not typed."""
+    for (data, preset), (cost, config) in run_cifar.PRESETS.items():
+        run_cifar.introduce(run_cifar.parse(["--data", data, "--preset", preset]))
+        told = capsys.readouterr().out.splitlines()[0]
+        assert not re.search(r"\d M\b", cost)
+        size = run_cifar.parameters(replace(config, data=data))
+        assert told == f"{data}, preset {preset}: {size}, {cost}"
+    with pytest.raises(SystemExit):
+        run_cifar.parse(["--help"])
+    assert "--preset small: 0.8 M parameters, 16x16" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -488,7 +503,10 @@ def test_help_reads_like_documentation(capsys):
         ),
         ("--data digits --multipliers 1 1 1 1 1", "image size 8 is not divisible by 16"),
         ("--data digits --steps 0", "at least 1, not 0"),
-        ("--data digits --steps 200", "200 student steps need as many teacher steps"),
+        (
+            "--data digits --steps 200",
+            "so many sampling steps needs as fine a grid: --grid 4 200",
+        ),
         ("--data digits --steps 4 4", "names a student twice"),
         ("--data digits --student-iterations 5 6", "one for each of --steps"),
         ("--data digits --batch 0", "--batch must be positive"),
