@@ -23,6 +23,13 @@ def test_the_library_example_runs():
     assert names["images"].shape == (16, 1, 8, 8) and names["images"].isfinite().all()
 
 
+def test_the_example_of_another_unet_runs():
+    names = {}
+    exec(example(ROOT / "mcm" / "FAQ.md"), names)
+    assert names["images"].isfinite().all()
+    assert any(p.grad is not None and p.grad.any() for p in names["unet"].parameters())
+
+
 def test_the_worked_example_of_a_new_method_runs():
     names = {}
     exec(example(ROOT / "mcm" / "README.md"), names)

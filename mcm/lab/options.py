@@ -139,7 +139,8 @@ def pick_device(name: str | None) -> torch.device:
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    available = ["cpu"] + ["cuda"] * torch.cuda.is_available() + gpus
+    mps = ["mps"] * torch.backends.mps.is_available()
+    available = ["cpu", *mps] + ["cuda"] * torch.cuda.is_available() + gpus
     if name not in available:
         known = ", ".join(available)
         raise InputError(f"no --device {name} on this machine, or for this PyTorch: use {known}")

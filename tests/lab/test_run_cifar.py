@@ -430,6 +430,15 @@ def test_presets_have_the_size_they_say(data, preset, millions):
     assert run_cifar.parameters(config) == f"{millions} M parameters"
 
 
+def test_an_apple_gpu_is_taken_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert options.pick_device("mps") == torch.device("mps")
+    assert options.pick_device(None).type in ("cpu", "cuda")  # not by itself: never tried on one
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(mcm.InputError, match="no --device mps on this machine"):
+        options.pick_device("mps")
+
+
 def test_help_and_a_run_say_the_same_size(capsys):
     """Computed, not typed."""
     for (data, preset), (cost, config) in run_cifar.PRESETS.items():
