@@ -487,7 +487,7 @@ class Evaluator:
         return how
 
     def watch(self, row: dict, model: nn.Module) -> explorer.View:
-        """The first few prompts, drawn as this row's images were, with the way there."""
+        """The first few prompts, drawn by this row's model and sampler, with the way there."""
         n = min(10 if self.sdxl.size <= 16 else 4, len(self.data.asked))
         how = self.how(row["sampler"], row["steps"])
         parts = []
@@ -496,7 +496,7 @@ class Evaluator:
             parts.append(explorer.walk(model, self.z[chosen].to(self.sdxl.device), cond, **how))
         latents, times, paths = zip(*parts)
         path = torch.cat(paths, 2)
-        seen = explorer.at_most(self.decode(path.flatten(0, 2)), 64).unflatten(0, path.shape[:3])
+        seen = plots.thumbnails(self.decode(path.flatten(0, 2)), 64).unflatten(0, path.shape[:3])
         name = re.sub(r"-\d+$", "", row.get("recipe", row["model"]))
         images = self.decode(torch.cat(latents))
         return explorer.View(name, row["steps"], images, row, times[0], seen)
@@ -621,6 +621,7 @@ def draw_student(config: Config, evaluator: Evaluator, student: Student) -> list
     """NAME.png: the teacher's 25 steps, then the student's, the same captions and noise."""
     model = evaluator.sdxl.denoiser("average")
     rows = [row for row in evaluator.rows.all() if row.get("recipe") == student.name]
+    rows = [row for row in rows if row["steps"] in student.steps(config)]
     views = [evaluator.watch(row, model) for row in rows]
     drawn = {(student.name, view.steps): view.images for view in views}
     draw_rows(evaluator, drawn, config.out / f"{student.name}.png")

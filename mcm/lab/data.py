@@ -30,6 +30,8 @@ from tqdm import tqdm
 
 from ..errors import InputError
 
+BACKGROUND = "black"  # of transparent images
+
 
 @dataclass
 class ImageData:
@@ -94,7 +96,7 @@ def load_data(
     name: str,
     data_dir: str | Path = "data",
     image_size: int | None = None,
-    background: str = "black",
+    background: str = BACKGROUND,
 ) -> ImageData:
     """name: "digits", "cifar10", "imagenet64" or "folder".
 
@@ -292,7 +294,6 @@ def read_npz(paths: list[Path]) -> tuple[Tensor, Tensor]:
 # --- folders of images ----------------------------------------------------------------------------
 
 
-BACKGROUND = "black"
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".avif")
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from ..sampling import sample
 from ..solvers import ddim
 from .checkpoint import write
-from .plots import SAMPLERS
+from .plots import SAMPLERS, thumbnails
 
 PAGE = Path(__file__).parent / "page"
 SHOWN = 8
@@ -85,14 +84,6 @@ def sheet(images: Tensor, exact: bool) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def at_most(images: Tensor, size: int) -> Tensor:
-    """(..., C, S, S) with S at most `size`."""
-    if images.shape[-1] <= size:
-        return images.float()
-    how = {"size": (size, size), "mode": "bilinear", "antialias": True}
-    return interpolate(images.flatten(0, -4).float(), **how).unflatten(0, images.shape[:-3])
-
-
 def how_many(size: int) -> int:
     """Images of this size that a page of a few megabytes has room for."""
     return 40 if size <= 16 else 20 if size <= 32 else 10
@@ -105,11 +96,12 @@ def as_data(view: View, metric: str) -> dict:
     told = {"model": view.model, "steps": view.steps, "times": view.times, "nfe": row["nfe"]}
     told |= {"sampler": SAMPLERS[row["sampler"]], "figure": row.get(metric)}
     told["ms"] = 1000 * row["seconds_per_image"]
-    told["images"] = sheet(at_most(view.images, 128)[None], exact)
+    told["images"] = sheet(thumbnails(view.images, 128)[None], exact)
     if view.nearest is not None:
-        told["nearest"] = sheet(at_most(view.nearest, 64)[None], exact)
+        told["nearest"] = sheet(thumbnails(view.nearest, 64)[None], exact)
     if view.path is not None:
-        path = at_most(view.path, 64).clone()
+        small = thumbnails(view.path.flatten(0, 2), 64)
+        path = small.unflatten(0, view.path.shape[:3]).clone()
         path[:, 0] /= 2  # z_t, whose values go beyond an image's
         told["path"] = sheet(path.flatten(0, 1), size <= 16)
     return told

@@ -21,11 +21,11 @@ WIDEST = 256
 SAMPLERS = {"ddim": "DDIM", "addim": "aDDIM", "renoise": "re-noised"}
 
 
-def thumbnails(images: Tensor) -> Tensor:
-    """(n, C, S, S) -> the same on the CPU, with S at most WIDEST."""
-    if images.shape[-1] <= WIDEST:
+def thumbnails(images: Tensor, widest: int = WIDEST) -> Tensor:
+    """(n, C, S, S) -> the same on the CPU, with S at most `widest`."""
+    if images.shape[-1] <= widest:
         return images.float().cpu()
-    how = {"size": (WIDEST, WIDEST), "mode": "bilinear", "antialias": True}
+    how = {"size": (widest, widest), "mode": "bilinear", "antialias": True}
     return torch.cat([interpolate(part.float(), **how).cpu() for part in images.split(1)])
 
 
