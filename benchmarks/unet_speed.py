@@ -2,7 +2,7 @@
 """This UNet beside three others of equal size: images per second in training and in a forward pass,
 and what they learn from equal images.
 
-    pip install -r requirements-benchmarks.txt
+    pip install -e ".[benchmarks]"
     python benchmarks/unet_speed.py
         1.7 M parameters, one CPU thread, under 3 minutes
     python benchmarks/unet_speed.py --parameters 35e6 --batch 256
@@ -279,8 +279,7 @@ def main(argv: list[str]) -> int:
     missing = [name for name, network in made.items() if network is None]
     if missing:
         print(
-            f"not installed, left out: {', '.join(missing)} (pip install -r "
-            f"requirements-benchmarks.txt)",
+            f"not installed, left out: {', '.join(missing)} (pip install -e .[benchmarks])",
             file=sys.stderr,
         )
     networks = {

@@ -7,6 +7,7 @@ of them knows which network is behind it.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ class Denoiser(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         wide = at_least_float32(z)
-        # Asking a GPU whether all t are 0 would stall its queue; there at_zero alone does the same.
-        if t.device.type == "cpu" and not t.any():
+        # Asking a GPU would stall its queue, a compiler cannot know; there at_zero does the same.
+        if t.device.type == "cpu" and not torch.compiler.is_compiling() and not t.any():
             return wide
         weights = self.network.parameters() if isinstance(self.network, nn.Module) else ()
         dtype = next(iter(weights), wide).dtype
@@ -71,6 +72,15 @@ class Denoiser(nn.Module):
         elif self.prediction == "epsilon":
             output = (wide - sigma * output) / alpha
         return at_zero(output, wide, t)
+
+    @staticmethod
+    def from_pretrained(name: str, **options: Any) -> "Denoiser":
+        """A model from a folder or from the Hugging Face Hub, by mcm.lab.hub.from_pretrained."""
+        return import_module("mcm.lab.hub").from_pretrained(name, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload it with a model card, by mcm.lab.hub.push_to_hub."""
+        return import_module("mcm.lab.hub").push_to_hub(self, repo_id, **options)
 
 
 def select(cond: Any, index: Tensor | slice) -> Any:

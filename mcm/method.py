@@ -88,8 +88,7 @@ def multistep(student_steps: int, **changes) -> Method:
     teacher's step is DDIM for K <= 2 and aDDIM from 4 on, whichever is better in the paper's table
     4 (its table 1 was made with aDDIM at every K: pass x_var="mse").
     """
-    x_var = None if student_steps <= 2 else "mse"
-    return Method(student_steps, **{"x_var": x_var} | changes)
+    return Method(student_steps, **{"x_var": None if student_steps <= 2 else "mse"} | changes)
 
 
 def diffusion(steps: int) -> Method:

@@ -42,9 +42,7 @@ class GaussianMixture(nn.Module):
             raise InputError("means must be (M, *shape) and stds (M,) positive")
         self.shape = means.shape[1:]
         self.schedule = schedule
-        self.student_steps = None
-        weights = torch.ones_like(stds) if weights is None else weights
-        weights = torch.as_tensor(weights, dtype=stds.dtype)
+        weights = torch.ones_like(stds) if weights is None else torch.as_tensor(weights).to(stds)
         self.register_buffer("means", means.flatten(1))
         self.register_buffer("stds", stds)
         self.register_buffer("weights", weights / weights.sum())
@@ -71,6 +69,5 @@ class GaussianMixture(nn.Module):
         """(n, *shape) draws from the mixture."""
         m = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         means = self.means[m]
-        like = {"dtype": means.dtype, "device": means.device}
-        noise = torch.randn(means.shape, generator=generator, **like)
+        noise = torch.empty_like(means).normal_(generator=generator)
         return (means + self.stds[m, None] * noise).reshape(n, *self.shape)

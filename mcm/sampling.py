@@ -65,7 +65,7 @@ def sample(
         times = [i / steps for i in range(steps, 0, -1)]
     times = torch.tensor([*times, 0.0], dtype=time_dtype(z.device), device=z.device)
     for t, s in pairwise(times):
-        t = t.expand(len(z))
-        s = s.expand(len(z))
+        t = t.expand(z.shape[0])
+        s = s.expand(z.shape[0])
         z = solver(denoiser(z, t, cond), z, t, s, denoiser.schedule, **options)
     return z

@@ -186,8 +186,7 @@ def _kept_noise(t: Tensor, s: Tensor, schedule: Schedule, noise_scale: float | s
     else:
         # DDIM's sigma(eta) / sigma_s = eta sqrt(1 - alpha_t^2 / alpha_s^2) / sigma_t
         alpha_t, sigma_t = schedule(t)
-        alpha_s, _ = schedule(s)
-        lost = (1 - (alpha_t / alpha_s.clamp_min(1e-30)) ** 2).clamp_min(0)
+        lost = (1 - (alpha_t / schedule(s)[0].clamp_min(1e-30)) ** 2).clamp_min(0)
         fresh = divide(noise_scale * torch.sqrt(lost), sigma_t, otherwise=0.0)
         g = torch.sqrt((1 - fresh**2).clamp_min(0))
     return torch.where(s == t, 1.0, g)
@@ -254,8 +253,7 @@ def er_sde_aim(
     noise = torch.randn(z_t.shape, dtype=z_t.dtype, device=z_t.device, generator=generator)
     fresh = divide(sigma_s * torch.sqrt(1 - g**2), gain, otherwise=0.0)
     lost = divide(sigma_s * (1 - g), gain, otherwise=0.0)
-    x = x_hat + expand(fresh, z_t) * noise
-    x = x - expand(lost, z_t) * eps_hat(x_hat, z_t, t, schedule)
+    x = x_hat + expand(fresh, z_t) * noise - expand(lost, z_t) * eps_hat(x_hat, z_t, t, schedule)
     if x_hat_prev is None or not isinstance(noise_scale, str):
         return x
     curvature = divide(_curvature(t, s, schedule, t_prev, noise_scale), gain, otherwise=0.0)

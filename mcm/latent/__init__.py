@@ -1,5 +1,5 @@
 """The same loss on an SDXL pipeline: few-step text-to-image students (needs
-requirements-latent.txt).
+the extra packages of `latent` in pyproject.toml).
 
 sdxl        the adapter: a pipeline as denoisers, with LoRAs on one shared UNet
 scheduler   the students' sampler for stock diffusers pipelines

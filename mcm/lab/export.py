@@ -1,0 +1,84 @@
+"""A student as one ONNX file: noise and classes in, images out, all K steps inside.
+
+    python -m mcm.lab.export runs/digits/cd-4.safetensors digits-4.onnx
+
+Inputs: noise (batch, C, S, S), standard normal, float32; class (batch,), int64, if the model has
+classes. Output: image (batch, C, S, S), about -1 to 1. Needs the packages onnx and onnxscript.
+"""
+
+import argparse
+import sys
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import Denoiser
+from ..errors import InputError
+from ..sampling import sample
+from .checkpoint import load, make_folder
+
+
+class Sampler(nn.Module):
+    """forward(noise, classes): mcm.sample, as a network."""
+
+    def __init__(self, denoiser: Denoiser, steps: int | None):
+        super().__init__()
+        self.denoiser = denoiser
+        self.steps = steps
+
+    def forward(self, noise: Tensor, classes: Tensor | None = None) -> Tensor:
+        return sample(self.denoiser, noise, self.steps, classes)
+
+
+def export(denoiser: Denoiser, path: str | Path, steps: int | None = None) -> None:
+    """Write the sampler of a Denoiser around a UNet; steps: as in mcm.sample.
+
+    Raises InputError without the two packages, or if a diffusion model is given no steps.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if not find_spec(name)]
+    if missing:
+        raise InputError(f"ONNX needs more packages: pip install {' '.join(missing)}")
+    if denoiser.student_steps is None and steps is None:
+        raise InputError("a diffusion model has no number of steps of its own: give --steps")
+    make_folder(Path(path).parent, "the folder")
+    about = denoiser.network.arguments
+    size = about["image_size"]
+    inputs = {"noise": torch.randn(2, about["in_channels"], size, size)}
+    if about["classes"]:
+        inputs["class"] = torch.tensor([0, 1])
+    batch = torch.export.Dim("batch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about itself
+        torch.onnx.export(
+            Sampler(denoiser.cpu().eval(), steps),
+            tuple(inputs.values()),
+            str(path),
+            input_names=list(inputs),
+            output_names=["image"],
+            dynamic_shapes=({0: batch},) * len(inputs),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mcm.lab.export", description=__doc__)
+    parser.add_argument("model", help="a file of mcm.save, or pretrained:NAME")
+    parser.add_argument("onnx", type=Path, help="where to write")
+    parser.add_argument("--steps", type=int, help="default: those the student was made for")
+    args = parser.parse_args(argv)
+    try:
+        export(load(args.model), args.onnx, args.steps)
+    except InputError as error:
+        print(f"export: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.onnx}: {args.onnx.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""A model as a folder, or a repository of the Hugging Face Hub: its weights and a card."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..denoiser import Denoiser
+from ..errors import InputError
+from . import evaluation
+from .checkpoint import load, make_folder, save, write
+
+FILE = "model.safetensors"
+
+
+def save_pretrained(denoiser: Denoiser, folder: str | Path, results: str | Path = "") -> None:
+    """Write the folder that `push_to_hub` uploads.
+
+    results: the results.json of the run that made it, or the run's folder; the card takes data,
+        command, hardware and the table from it.
+    Raises InputError if there are no results there, or the folder cannot be written to.
+    """
+    folder = Path(folder)
+    make_folder(folder, "the folder")
+    text = card(denoiser, read_results(Path(results)) if results else None)
+    save(folder / FILE, denoiser, **getattr(denoiser, "metadata", {}))
+    write(folder / "README.md", text)
+
+
+def read_results(path: Path) -> dict:
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        return {key: results[key] for key in (*KEYS, "rows", "metric", "seconds", "processes")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not the results.json of a run ({error!r})") from None
+
+
+KEYS = ("data", "seed", "command", "hardware")
+"""What a card says of a run."""
+
+
+def card(denoiser: Denoiser, results: dict | None) -> str:
+    """The model card, in markdown."""
+    K = denoiser.student_steps
+    what = f"A student that samples in {K} steps" if K else "A diffusion model"
+    lines = ["---", "license: mit", "library_name: mcm", "tags:"]
+    lines += ["- multistep-consistency", "- diffusion", "---", "", f"# {what}", ""]
+    lines += ["Multistep Consistency Models (arXiv 2403.06807), by the package `mcm`:", ""]
+    lines += ["```python", "import torch, mcm", ""]
+    a = denoiser.network.arguments
+    cond = ", cond=torch.arange(16) % " + str(a["classes"]) if a["classes"] else ""
+    steps = "" if K else ", steps=64"
+    shape = f"{a['in_channels']}, {a['image_size']}, {a['image_size']}"
+    lines += ['model = mcm.Denoiser.from_pretrained("...")  # this repository, or its folder']
+    lines += [f"images = mcm.sample(model, torch.randn(16, {shape}){steps}{cond})  # in [-1, 1]"]
+    lines += ["```", ""]
+    if results:
+        lines += [f"- {key}: {results[key]}" for key in KEYS]
+        metric = results["metric"]
+        where = f"Fréchet distance in {metric['dim']} features of {metric['features']}"
+        name = "FID" if metric["name"] == "fid" else f"{where} (not FID)"
+        head = [f"{name}, {metric['n_generated']:,} samples, of all models of that run:"]
+        lines += ["", evaluation.table(results, head)]
+    return "\n".join(lines)
+
+
+def push_to_hub(
+    denoiser: Denoiser,
+    repo_id: str,
+    results: str | Path = "",
+    private: bool = False,
+    token: str | None = None,
+) -> str:
+    """Upload what `save_pretrained` writes to "OWNER/NAME", made if need be; -> its address.
+
+    Raises InputError without the package huggingface_hub, and if the Hub refuses.
+    """
+    hub = package()
+    api = hub.HfApi(token=token)
+    with TemporaryDirectory() as folder:
+        save_pretrained(denoiser, folder, results)
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+        except (OSError, ValueError) as error:  # what its errors of connection and names are
+            raise InputError(f"{repo_id} could not be uploaded ({error})") from None
+    return f"{hub.constants.ENDPOINT}/{repo_id}"
+
+
+def from_pretrained(name: str | Path, device: str = "cpu", **options) -> Denoiser:
+    """The model in a folder that `save_pretrained` wrote, or of a repository "OWNER/NAME" on the
+    Hub.
+
+    options: revision, token, cache_dir, local_files_only: those of `hf_hub_download`.
+    Raises InputError if it is not there or cannot be fetched, and as mcm.load does.
+    """
+    if Path(name).is_dir():
+        return load(Path(name) / FILE, device)
+    try:
+        path = package().hf_hub_download(str(name), FILE, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{name}: no such folder, and not fetched from the Hub ({error})"
+        ) from None
+    return load(path, device)
+
+
+def package():
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise InputError("the Hub needs a package: pip install huggingface_hub") from None
+    return huggingface_hub
