@@ -41,6 +41,8 @@ class Denoiser(nn.Module):
     (x_hat would be 0 / 0).
     """
 
+    metadata: dict  # of one that `mcm.load` read: what its file says
+
     def __init__(
         self,
         network: Callable,
@@ -53,7 +55,7 @@ class Denoiser(nn.Module):
             raise InputError(f'prediction must be "v", "epsilon" or "x", not {prediction!r}')
         if prediction == "epsilon" and schedule(torch.ones(1))[0] == 0:
             raise InputError("epsilon needs alpha_1 > 0: clip the schedule, or predict v or x")
-        self.network = network
+        self.network: Any = network
         self.schedule = schedule
         self.prediction = prediction
         self.student_steps = student_steps
@@ -85,15 +87,15 @@ class Denoiser(nn.Module):
 
 def select(cond: Any, index: Tensor | slice) -> Any:
     """The conditions of these samples: of a tensor (B, ...), a named tuple of tensors, or None."""
-    if isinstance(cond, tuple):
-        return type(cond)(*(select(part, index) for part in cond))
+    if hasattr(cond, "_make"):
+        return cond._make(select(part, index) for part in cond)
     return None if cond is None else cond[index]
 
 
 def joined(a: Any, b: Any) -> Any:
     """The conditions of two batches, as those of one."""
-    if isinstance(a, tuple):
-        return type(a)(*(None if x is None else joined(x, y) for x, y in zip(a, b)))
+    if hasattr(a, "_make"):
+        return a._make(None if x is None else joined(x, y) for x, y in zip(a, b))
     return torch.cat([a, b])
 
 

@@ -221,13 +221,13 @@ def _teacher_step(
     times = [*(t - (t - s) * k / method.sub_steps for k in range(method.sub_steps)), s]
     both = getattr(teacher, "both", lambda *inputs: (teacher(*inputs),) * 2)
     z = z_t
-    x_step = None
-    before = (None, None)
+    x_step: Any = None
+    before: dict[str, Any] = {}
     for a, b in pairwise(times):
         x_hat, x_plain = both(z, a, cond)  # with guidance, if it is guided, and without
         if method.teacher_eta:
-            aim = er_sde_aim(x_hat, z, a, b, schedule, *before, method.teacher_eta)
-            before = (x_hat, a) if method.solver_order == 2 else (None, None)
+            aim = er_sde_aim(x_hat, z, a, b, schedule, noise_scale=method.teacher_eta, **before)
+            before = {"x_hat_prev": x_hat, "t_prev": a} if method.solver_order == 2 else {}
         elif method.x_var:
             x_var = None  # "prior" is addim's own default
             if method.x_var == "mse":  # the error of the teacher *without* guidance

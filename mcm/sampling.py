@@ -61,10 +61,9 @@ def sample(
         )
     parameters = inspect.signature(solver).parameters
     options = {"generator": generator} if "generator" in parameters else {}
-    if times is None:
-        times = [i / steps for i in range(steps, 0, -1)]
-    times = torch.tensor([*times, 0.0], dtype=time_dtype(z.device), device=z.device)
-    for t, s in pairwise(times):
+    falling = [i / steps for i in range(steps, 0, -1)] if times is None else times
+    grid = torch.tensor([*falling, 0.0], dtype=time_dtype(z.device), device=z.device)
+    for t, s in pairwise(grid):
         t = t.expand(z.shape[0])
         s = s.expand(z.shape[0])
         z = solver(denoiser(z, t, cond), z, t, s, denoiser.schedule, **options)

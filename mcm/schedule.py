@@ -131,8 +131,8 @@ class DiscreteSchedule:
     @once
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t: any shape, in [0, 1] -> alpha, sigma of the same shape and dtype."""
-        step = self._step(t)
-        return tuple(copied(a, t.device, t.dtype)[step] for a in self._levels)
+        alpha, sigma = (copied(a, t.device, t.dtype) for a in self._levels)
+        return alpha[step := self._step(t)], sigma[step]
 
     def network_time(self, t: Tensor) -> Tensor:
         """What the network is given: the index (int64) that t means; 0 at t = 0, where it is not

@@ -254,7 +254,7 @@ def er_sde_aim(
     fresh = divide(sigma_s * torch.sqrt(1 - g**2), gain, otherwise=0.0)
     lost = divide(sigma_s * (1 - g), gain, otherwise=0.0)
     x = x_hat + expand(fresh, z_t) * noise - expand(lost, z_t) * eps_hat(x_hat, z_t, t, schedule)
-    if x_hat_prev is None or not isinstance(noise_scale, str):
+    if x_hat_prev is None or t_prev is None or not isinstance(noise_scale, str):
         return x
     curvature = divide(_curvature(t, s, schedule, t_prev, noise_scale), gain, otherwise=0.0)
     return x + expand(curvature, z_t) * (x_hat - x_hat_prev)

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -279,12 +280,12 @@ def imagenet64(data_dir: Path) -> ImageData:
 
 def read_npz(paths: list[Path]) -> tuple[Tensor, Tensor]:
     """-> images (N, 3, 64, 64) uint8, labels (N,) in 0..999. Labels first: they tell the size."""
-    labels = [npz_array(path, "labels", (-1,), np.int64) - 1 for path in paths]
-    images = torch.empty(sum(map(len, labels)), 3, 64, 64, dtype=torch.uint8)
-    parts = images.split([len(own) for own in labels])
+    by_file = [npz_array(path, "labels", (-1,), np.int64) - 1 for path in paths]
+    images = torch.empty(sum(map(len, by_file)), 3, 64, 64, dtype=torch.uint8)
+    parts = images.split([len(own) for own in by_file])
     for path, part in zip(tqdm(paths, "reading", leave=False), parts):
         part.copy_(npz_array(path, "data", tuple(part.shape), np.uint8))
-    labels = torch.cat(labels)
+    labels = torch.cat(by_file)
     if labels.min() < 0 or labels.max() > 999:
         found = f"from {labels.min() + 1} to {labels.max() + 1}"
         raise InputError(f"labels of {paths[0].parent} run {found}; the official ones are 1..1000")
@@ -422,7 +423,7 @@ def cat_on_disk(parts: Iterable[Tensor], folder: Path | None = None) -> Tensor:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             for part in parts:
-                file.write(memoryview(part.contiguous().view(torch.uint8).flatten().numpy()))
+                file.write(part.contiguous().view(torch.uint8).flatten().numpy().data)
                 count += len(part)
         size = count * part[0].numel()
         whole = torch.from_file(file.name, size=size, dtype=part.dtype)
@@ -474,20 +475,20 @@ CAPTION_KEYS = ("text", "caption")
 
 def captions_of(listing: Path) -> list[tuple[Path, str]]:
     """-> (image, caption) of each line of a metadata.jsonl or metadata.csv."""
-    lines = read_lines(listing)
+    lines: list = read_lines(listing)
     if listing.suffix == ".csv":
         rows = csv.DictReader(io.StringIO(utf8(listing)))
         lines = [(rows.line_num, row) for row in rows]
     entries = []
     several = 0
     for number, line in lines:
-        entry = line
+        entry: Any = line
         if isinstance(line, str):
             with suppress(ValueError):
                 entry = json.loads(line)
         entry = entry if isinstance(entry, dict) else {}
-        name = entry.get("file_name")
-        text = next((entry[key] for key in CAPTION_KEYS if entry.get(key)), None)
+        name: Any = entry.get("file_name")
+        text: Any = next((entry[key] for key in CAPTION_KEYS if entry.get(key)), None)
         if isinstance(text, list) and text:
             several += len(text) > 1
             text = text[0]

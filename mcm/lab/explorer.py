@@ -63,7 +63,7 @@ def walk(
         times.append(t[0].item())
         return solver(x_hat, z_t, t, s, schedule, **more)
 
-    watched.__signature__ = inspect.signature(solver)
+    watched.__signature__ = inspect.signature(solver)  # type: ignore[attr-defined]
     images = sample(model, z, cond=cond, solver=watched, **options).cpu()
     count = min(SHOWN, len(times))
     chosen = [i * len(times) // count for i in range(count)]
@@ -122,7 +122,7 @@ def save_page(
     metric: its key in the views' rows, and its name.
     """
     columns = max(c for c in range(1, 11) if len(labels) % c == 0)
-    data = {"title": title, "note": note, "kind": kind, "metric": metric[1]}
+    data: dict = {"title": title, "note": note, "kind": kind, "metric": metric[1]}
     data |= {"labels": labels, "columns": columns, "smooth": views[0].images.shape[-1] > 64}
     data["views"] = [as_data(view, metric[0]) for view in views]
     safe = json.dumps(data, allow_nan=False).replace("</", "<\\/")  # it stands inside <script>

@@ -48,10 +48,13 @@ def documented(config: type) -> dict[str, tuple[str, str]]:
         elif field := re.match(r"    (\w+): ", line):
             groups[field[1]] = group
     found = {}
-    body = ast.parse(source).body[0].body
+    body: list = ast.parse(source).body[0].body  # type: ignore[attr-defined]
     for field, text in zip(body, body[1:]):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            found[field.target.id] = groups[field.target.id], inspect.cleandoc(text.value.value)
+            found[field.target.id] = (
+                groups[field.target.id],
+                inspect.cleandoc(ast.literal_eval(text.value)),
+            )
     return found
 
 
@@ -62,7 +65,7 @@ def fields_of(config: type, group: str) -> list[str]:
 
 def parser(config: type, prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser with an option for each field. What is not given is not in its answer."""
-    texts = {"prog": prog, "description": description, "epilog": epilog}
+    texts: dict = {"prog": prog, "description": description, "epilog": epilog}
     layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=100)
     made = argparse.ArgumentParser(
         **texts, formatter_class=layout, argument_default=argparse.SUPPRESS

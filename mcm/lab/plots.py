@@ -25,7 +25,7 @@ def thumbnails(images: Tensor, widest: int = WIDEST) -> Tensor:
     """(n, C, S, S) -> the same on the CPU, with S at most `widest`."""
     if images.shape[-1] <= widest:
         return images.float().cpu()
-    how = {"size": (widest, widest), "mode": "bilinear", "antialias": True}
+    how: dict = {"size": (widest, widest), "mode": "bilinear", "antialias": True}
     return torch.cat([interpolate(part.float(), **how).cpu() for part in images.split(1)])
 
 

@@ -21,12 +21,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -108,9 +108,9 @@ class Learner:
         follow every update. (Autocast would cast every weight at every call, and every gradient.)
     """
 
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     clip: float
-    averages: Sequence[tuple[dict[str, Tensor], Callable[[int], float]]] = ()
+    averages: Sequence[tuple[Mapping[str, Tensor], Callable[[int], float]]] = ()
     weight_decay: float = 0.0
     lr_scale: float = 1.0
     copies: dict[str, Tensor] = field(default_factory=dict)
@@ -146,8 +146,9 @@ class Learner:
         if not used:
             return
         wide = [torch.empty_like(self.weights[k]) for k in used]
-        torch._foreach_copy_(wide, [self.copies[k].grad for k in used])  # all in one call
-        before = [self.weights[k].grad for k in used]
+        grads: list = [self.copies[k].grad for k in used]
+        torch._foreach_copy_(wide, grads)  # all in one call
+        before: list = [self.weights[k].grad for k in used]
         if before[0] is not None:
             torch._foreach_add_(wide, before)
         for key, grad in zip(used, wide):
@@ -159,7 +160,7 @@ class Learner:
         if self.copies:
             torch._foreach_copy_(list(self.copies.values()), list(self.weights.values()))
 
-    def _groups(self) -> dict[str, dict[str, Tensor]]:
+    def _groups(self) -> dict[str, Mapping[str, Tensor]]:
         averages = {f"average{n}.": weights for n, (weights, _) in enumerate(self.averages)}
         return {"raw.": self.weights, **averages}
 
@@ -567,7 +568,7 @@ def trailing(good: Tensor, before: int) -> int:
 
 def summary(steps: list[Step], good: Tensor, segments: int) -> dict:
     """Means over those steps that are `good`, null if none is; the others are counted."""
-    line = {"loss": None, "gradient_norm": None}
+    line: dict = {"loss": None, "gradient_norm": None}
     line |= {"loss_by_t": [None] * 10, "loss_by_segment": [None] * segments}
     steps = [step for step, counts in zip(steps, good.tolist()) if counts]
     if steps:
@@ -633,7 +634,8 @@ def load_state(
         if damage:
             raise damage
         return None
-    step, elapsed = metadata.get("step"), metadata.get("elapsed")
+    step: Any = metadata.get("step")
+    elapsed: Any = metadata.get("elapsed")
     if damage:
         print(f"{damage}\nContinuing from the checkpoint before it, step {step}.", file=sys.stderr)
     for key in MUST_MATCH:

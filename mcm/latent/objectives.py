@@ -9,7 +9,7 @@ student's. `output` is what consistency_loss returned. The teacher is never trai
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from .sdxl import DECODER, SDXL
 class Objective(Protocol):
     """The parts of every objective."""
 
-    learner: Learner | None
+    learner: Any  # of its critic: a Learner, or None; then there is critic_loss(output), too
     updates: int
 
     def loss(self, output: LossOutput, prompts: Sequence[str]) -> Tensor:
@@ -127,8 +127,7 @@ class Preference:
             images = torch.cat(again)
         images = images.clamp(-1.5, 1.5)
         others = [self.pool[i] for i in torch.randint(len(self.pool), (len(prompts),)).tolist()]
-        differ = [float(a != b) for a, b in zip(prompts, others)]
-        differ = torch.tensor(differ, device=images.device)
+        differ = torch.tensor([float(a != b) for a, b in zip(prompts, others)]).to(images)
         lacking = (self.s0 - self.reward(images, prompts)).clamp_min(0)
         return (lacking + differ * self.reward(images, others).clamp_min(0)).mean()
 

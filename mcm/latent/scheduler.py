@@ -83,7 +83,7 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
         timesteps = timesteps or re_noising_timesteps(num_train_timesteps)
         self.table = {int(k): list(v) for k, v in timesteps.items()}
         self.init_noise_sigma = 1.0
-        self.num_inference_steps = None
+        self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
 
     @classmethod

@@ -341,7 +341,7 @@ class SDXL:
             return
         # not converted: a mixed file would lose its attention layers
         layers = get_peft_model_state_dict(self.unet, adapter_name=name)
-        config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": MODULES}
+        config: dict = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": MODULES}
         config |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers before 0.40 looks for them
         StableDiffusionXLPipeline.save_lora_weights(
             out, unet_lora_layers=layers, unet_lora_adapter_metadata=config

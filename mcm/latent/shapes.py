@@ -94,8 +94,8 @@ def choose(pool: list[Scene], n: int, seed: int) -> list[Scene]:
         kinds.setdefault(kind, []).append(scene)
     chosen = []
     for _ in range(n):
-        kind = kinds[bool(rng.random() < 0.15), bool(rng.random() < 0.4)]
-        chosen.append(kind[rng.integers(len(kind))])
+        those = kinds[bool(rng.random() < 0.15), bool(rng.random() < 0.4)]
+        chosen.append(those[rng.integers(len(those))])
     return chosen
 
 
@@ -192,7 +192,7 @@ def read(image: np.ndarray | Tensor) -> Scene | None:
     if background is None or not 1 <= (areas >= 4).sum() <= 2:
         return None
     indices = np.flatnonzero(areas >= 4) + 1
-    found = [_read_object(image, ground, regions == index) for index in indices]
+    found: list = [_read_object(image, ground, regions == index) for index in indices]
     if None in found:
         return None
     if len(found) == 1:

@@ -48,8 +48,8 @@ def make_tokenizer(captions: Sequence[str], folder: Path, vocabulary: int) -> CL
         merges_file.write_text("\n".join(lines), encoding="utf-8")
     vocab = json.loads(vocab_file.read_text(encoding="utf-8"))
     lines = merges_file.read_text(encoding="utf-8").split("\n")[1:-1]
-    merges = [tuple(line.split(" ")) for line in lines]
-    tokenizer = CLIPTokenizer(vocab, merges, pad_token="<|endoftext|>")
+    pairs = [tuple(line.split(" ")) for line in lines]
+    tokenizer = CLIPTokenizer(vocab, pairs, pad_token="<|endoftext|>")
     longest = max(len(tokenizer(c).input_ids) for c in captions)
     tokenizer.model_max_length = min(77, 8 * math.ceil(longest / 8))
     return tokenizer
