@@ -69,6 +69,7 @@ def _silent_bar(self, *arguments, **options) -> None:
 
 def stop() -> None:
     if is_distributed():
+        dist.barrier()  # with PyTorch 2.6, one that leaves early may hang the other for ever
         dist.destroy_process_group()
 
 

@@ -9,7 +9,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import ablations
+import budgets
 import costs
+import features
 import gpu
 import over_seeds
 import presets
@@ -281,3 +283,58 @@ def test_what_a_preset_asks_is_counted():
     assert 0.9e9 < found["flops"] < 1.0e9  # as counted layer by layer in results/README.md
     # twenty norms with their convolutions keep two images each; none is kept in float32
     assert 2 * 2**20 < found["bytes"] < 6 * 2**20
+
+
+def test_budgets_of_several_runs_come_into_one_table(tmp_path, capsys):
+    """A recipe's students of one K are one curve; undistilled rows are there once."""
+    same = {"sampler": "renoise", "coverage": 0.9, "alignment": 0.5}
+    for budget, scale in ((60.0, 2.0), (180.0, 1.0)):
+        rows = [same | {"model": "undistilled", "steps": 4, "nfe": 4, "frechet": 7.0}]
+        for K in (4, 8):
+            rows.append(
+                same
+                | {"model": "student", "recipe": f"mcm-{K}", "steps": K, "nfe": K}
+                | {"frechet": scale * K}
+            )
+        results = {"settings": {"evaluations": budget}, "command": f"run {budget}", "rows": rows}
+        (tmp_path / f"{budget}").mkdir()
+        (tmp_path / f"{budget}" / "results.json").write_text(json.dumps(results))
+    runs = [str(tmp_path / "180.0"), str(tmp_path / "60.0")]
+    assert budgets.main([*runs, "--out", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:] == [
+        "| mcm | 60,000 | 8.00, 0.50 | 16.00, 0.50 |",
+        "| mcm | 180,000 | 4.00, 0.50 | 8.00, 0.50 |",
+    ]
+    found = json.loads((tmp_path / "out" / "budgets.json").read_text())
+    assert len(found["undistilled"]) == 1 and len(found["students"]) == 4
+    assert (tmp_path / "out" / "budgets.png").stat().st_size > 10_000
+
+
+def test_other_features_rank_models_and_say_how_far_they_agree(tmp_path, monkeypatch):
+    """With a stand-in for the third network, on the digits' students that are shipped."""
+
+    class Pixels(torch.nn.Module):
+        DIM, head = 64, None
+
+        def features(self, x):
+            return x.flatten(1)
+
+    monkeypatch.setattr(features.metrics, "EfficientNetLite0", Pixels)
+    run = Path(__file__).resolve().parents[2] / "tutorials" / "weights" / "digits"
+    few = "--samples 200 --real 300 --steps 8 1 --teacher-steps 1 8 --iterations 60"
+    assert features.main([str(run), *few.split(), "--out", str(tmp_path / "x.json")]) == 0
+    found = json.loads((tmp_path / "x.json").read_text())
+    rows = {(row["model"], row["steps"]): row for row in found["rows"]}
+    for kind in features.KINDS:
+        assert rows["teacher", 1][kind] > rows["teacher", 8][kind]
+        assert rows["teacher", 1][kind] > rows["cd-1", 1][kind]
+        assert f"{kind}, Frechet" in rows["cd-8", 8]
+    assert found["kendall_tau"]["teacher: classes and quarter turns"] == 1
+    assert str(tmp_path) not in json.dumps(found)
+    backwards = [{"model": "teacher", "steps": n} for n in (1, 2)]
+    for n, row in enumerate(backwards):
+        row |= {"classes": n, "quarter turns": -n, "EfficientNet-Lite0": n}
+    told = features.agreement(backwards)
+    assert "students: classes and quarter turns" not in told
+    assert told["teacher: classes and quarter turns"] == -1
