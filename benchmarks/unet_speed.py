@@ -279,7 +279,7 @@ def main(argv: list[str]) -> int:
     missing = [name for name, network in made.items() if network is None]
     if missing:
         print(
-            f"not installed, left out: {', '.join(missing)} (pip install -e .[benchmarks])",
+            f"not installed, left out: {', '.join(missing)} (pip install -e '.[benchmarks]')",
             file=sys.stderr,
         )
     networks = {

@@ -87,15 +87,16 @@ class Denoiser(nn.Module):
 
 def select(cond: Any, index: Tensor | slice) -> Any:
     """The conditions of these samples: of a tensor (B, ...), a named tuple of tensors, or None."""
-    if hasattr(cond, "_make"):
-        return cond._make(select(part, index) for part in cond)
+    if isinstance(cond, tuple):
+        return type(cond)(*(select(part, index) for part in cond))
     return None if cond is None else cond[index]
 
 
 def joined(a: Any, b: Any) -> Any:
     """The conditions of two batches, as those of one."""
-    if hasattr(a, "_make"):
-        return a._make(None if x is None else joined(x, y) for x, y in zip(a, b))
+    if isinstance(a, tuple):
+        parts: Any = (None if x is None else joined(x, y) for x, y in zip(a, b))
+        return type(a)(*parts)
     return torch.cat([a, b])
 
 

@@ -36,13 +36,13 @@ class GaussianMixture(nn.Module):
         schedule: Schedule = CosineSchedule(),
     ):
         super().__init__()
-        means = torch.as_tensor(means)
-        stds = torch.as_tensor(stds)
+        means, stds = torch.as_tensor(means), torch.as_tensor(stds)
         if means.ndim < 2 or stds.shape != means.shape[:1] or not (stds > 0).all():
             raise InputError("means must be (M, *shape) and stds (M,) positive")
         self.shape = means.shape[1:]
         self.schedule = schedule
-        weights = torch.ones_like(stds) if weights is None else torch.as_tensor(weights).to(stds)
+        given = torch.ones_like(stds) if weights is None else weights
+        weights = torch.as_tensor(given, dtype=stds.dtype)
         self.register_buffer("means", means.flatten(1))
         self.register_buffer("stds", stds)
         self.register_buffer("weights", weights / weights.sum())

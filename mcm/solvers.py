@@ -13,6 +13,7 @@ as long as x_hat is finite.
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -192,9 +193,7 @@ def _kept_noise(t: Tensor, s: Tensor, schedule: Schedule, noise_scale: float | s
     return torch.where(s == t, 1.0, g)
 
 
-def _curvature(
-    t: Tensor, s: Tensor, schedule: Schedule, t_prev: Tensor, noise_scale: str
-) -> Tensor:
+def _curvature(t: Tensor, s: Tensor, schedule: Schedule, t_prev: Any, noise_scale: str) -> Tensor:
     """(B,): the factor on x_hat - x_hat_prev that the second order adds to z_s, 0 if undefined."""
     log_h = NOISE_SCALES[noise_scale]
     log_t = _log_lambda(t, schedule)
@@ -254,7 +253,7 @@ def er_sde_aim(
     fresh = divide(sigma_s * torch.sqrt(1 - g**2), gain, otherwise=0.0)
     lost = divide(sigma_s * (1 - g), gain, otherwise=0.0)
     x = x_hat + expand(fresh, z_t) * noise - expand(lost, z_t) * eps_hat(x_hat, z_t, t, schedule)
-    if x_hat_prev is None or t_prev is None or not isinstance(noise_scale, str):
+    if x_hat_prev is None or not isinstance(noise_scale, str):
         return x
     curvature = divide(_curvature(t, s, schedule, t_prev, noise_scale), gain, otherwise=0.0)
     return x + expand(curvature, z_t) * (x_hat - x_hat_prev)

@@ -36,6 +36,9 @@ class Board:
                     self.writer.add_scalar(tag, number, line["step"])
         self.writer.flush()
 
+    def close(self) -> None:
+        self.writer.close()
+
     def show(self, tag: str, picture: Path, step: int) -> None:
         """A picture file."""
         pixels = np.asarray(Image.open(picture).convert("RGB"))

@@ -90,8 +90,11 @@ def save(path: str | Path, denoiser: Denoiser, **metadata) -> None:
     """Save a Denoiser around a UNet; `load` needs nothing else.
 
     Weights as safetensors; network arguments, schedule, prediction, student_steps and any further
-    JSON-able `metadata` in the header.
+    JSON-able `metadata` in the header. Raises InputError for another network.
     """
+    if not isinstance(denoiser.network, UNet):
+        kind = type(denoiser.network).__name__
+        raise InputError(f"mcm.save knows mcm.UNet only: of a {kind} torch.save the state_dict()")
     schedule = denoiser.schedule
     if isinstance(schedule, CosineSchedule):
         arguments = {"kind": "cosine", **vars(schedule)}

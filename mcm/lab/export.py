@@ -7,6 +7,7 @@ classes. Output: image (batch, C, S, S), about -1 to 1. Needs the packages onnx 
 """
 
 import argparse
+import copy
 import sys
 import warnings
 from importlib.util import find_spec
@@ -36,24 +37,24 @@ class Sampler(nn.Module):
 def export(denoiser: Denoiser, path: str | Path, steps: int | None = None) -> None:
     """Write the sampler of a Denoiser around a UNet; steps: as in mcm.sample.
 
-    Raises InputError without the two packages, or if a diffusion model is given no steps.
+    Raises InputError without the two packages, or for steps that mcm.sample refuses.
     """
     missing = [name for name in ("onnx", "onnxscript") if not find_spec(name)]
     if missing:
         raise InputError(f"ONNX needs more packages: pip install {' '.join(missing)}")
-    if denoiser.student_steps is None and steps is None:
-        raise InputError("a diffusion model has no number of steps of its own: give --steps")
     make_folder(Path(path).parent, "the folder")
     about = denoiser.network.arguments
     size = about["image_size"]
     inputs = {"noise": torch.randn(2, about["in_channels"], size, size)}
     if about["classes"]:
         inputs["class"] = torch.tensor([0, 1])
+    sampler = Sampler(copy.deepcopy(denoiser).cpu().eval(), steps)
+    sampler(*inputs.values())  # what is wrong with the steps, it says now
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         torch.onnx.export(
-            Sampler(denoiser.cpu().eval(), steps),
+            sampler,
             tuple(inputs.values()),
             str(path),
             input_names=list(inputs),
@@ -66,7 +67,9 @@ def export(denoiser: Denoiser, path: str | Path, steps: int | None = None) -> No
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mcm.lab.export", description=__doc__)
+    layout = argparse.RawDescriptionHelpFormatter
+    prog = "python -m mcm.lab.export"
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=layout)
     parser.add_argument("model", help="a file of mcm.save, or pretrained:NAME")
     parser.add_argument("onnx", type=Path, help="where to write")
     parser.add_argument("--steps", type=int, help="default: those the student was made for")

@@ -12,16 +12,19 @@ from .checkpoint import load, make_folder, save, write
 FILE = "model.safetensors"
 
 
-def save_pretrained(denoiser: Denoiser, folder: str | Path, results: str | Path = "") -> None:
+def save_pretrained(
+    denoiser: Denoiser, folder: str | Path, results: str | Path = "", name: str | Path = ""
+) -> None:
     """Write the folder that `push_to_hub` uploads.
 
     results: the results.json of the run that made it, or the run's folder; the card takes data,
         command, hardware and the table from it.
+    name: what the card's code loads it by (default: the folder).
     Raises InputError if there are no results there, or the folder cannot be written to.
     """
     folder = Path(folder)
     make_folder(folder, "the folder")
-    text = card(denoiser, read_results(Path(results)) if results else None)
+    text = card(denoiser, str(name or folder), read_results(Path(results)) if results else None)
     save(folder / FILE, denoiser, **getattr(denoiser, "metadata", {}))
     write(folder / "README.md", text)
 
@@ -39,19 +42,23 @@ KEYS = ("data", "seed", "command", "hardware")
 """What a card says of a run."""
 
 
-def card(denoiser: Denoiser, results: dict | None) -> str:
-    """The model card, in markdown."""
+def card(denoiser: Denoiser, name: str, results: dict | None) -> str:
+    """The model card, in markdown. (What licence the weights have is for their owner to say.)"""
     K = denoiser.student_steps
     what = f"A student that samples in {K} steps" if K else "A diffusion model"
-    lines = ["---", "license: mit", "library_name: mcm", "tags:"]
+    lines = ["---", "library_name: mcm", "tags:"]
     lines += ["- multistep-consistency", "- diffusion", "---", "", f"# {what}", ""]
-    lines += ["Multistep Consistency Models (arXiv 2403.06807), by the package `mcm`:", ""]
+    lines += ["Multistep Consistency Models (arXiv 2403.06807), by the Python package"]
+    lines += [
+        "`multistep-consistency` (`pip install .` in its repository), which is imported as `mcm`:"
+    ]
+    lines += [""]
     lines += ["```python", "import torch, mcm", ""]
     a = denoiser.network.arguments
     cond = ", cond=torch.arange(16) % " + str(a["classes"]) if a["classes"] else ""
     steps = "" if K else ", steps=64"
     shape = f"{a['in_channels']}, {a['image_size']}, {a['image_size']}"
-    lines += ['model = mcm.Denoiser.from_pretrained("...")  # this repository, or its folder']
+    lines += [f'model = mcm.Denoiser.from_pretrained("{name}")']
     lines += [f"images = mcm.sample(model, torch.randn(16, {shape}){steps}{cond})  # in [-1, 1]"]
     lines += ["```", ""]
     if results:
@@ -78,11 +85,11 @@ def push_to_hub(
     hub = package()
     api = hub.HfApi(token=token)
     with TemporaryDirectory() as folder:
-        save_pretrained(denoiser, folder, results)
+        save_pretrained(denoiser, folder, results, repo_id)
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             api.upload_folder(repo_id=repo_id, folder_path=folder)
-        except (OSError, ValueError) as error:  # what its errors of connection and names are
+        except Exception as error:  # which kinds there are differs between its versions
             raise InputError(f"{repo_id} could not be uploaded ({error})") from None
     return f"{hub.constants.ENDPOINT}/{repo_id}"
 
@@ -96,9 +103,10 @@ def from_pretrained(name: str | Path, device: str = "cpu", **options) -> Denoise
     """
     if Path(name).is_dir():
         return load(Path(name) / FILE, device)
+    hub = package()
     try:
-        path = package().hf_hub_download(str(name), FILE, **options)
-    except (OSError, ValueError) as error:
+        path = hub.hf_hub_download(str(name), FILE, **options)
+    except Exception as error:  # which kinds there are differs between its versions
         raise InputError(
             f"{name}: no such folder, and not fetched from the Hub ({error})"
         ) from None

@@ -317,6 +317,8 @@ class Run:
                     break
             bar.close()
             self._finish_writing()
+            if self._board:
+                self._board.close()
             if stop or distributed.any_process(interrupted(), self.device):
                 raise KeyboardInterrupt
         distributed.barrier()  # what comes next may read the files

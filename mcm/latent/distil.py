@@ -117,7 +117,7 @@ def dry_run(job: Distillation, recipe: Recipe) -> None:
     What does not fit into memory, or does not work, says so now and not after hours.
     """
     with tempfile.TemporaryDirectory() as folder:
-        settings = replace(job.settings, iterations=1, save_every=0)
+        settings = replace(job.settings, iterations=1, save_every=0, tensorboard=False)
         distil(replace(job, settings=settings, out=Path(folder), resume=False), recipe)
     job.sdxl.remove_all()
 

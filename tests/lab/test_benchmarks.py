@@ -296,7 +296,8 @@ def test_budgets_of_several_runs_come_into_one_table(tmp_path, capsys):
                 | {"model": "student", "recipe": f"mcm-{K}", "steps": K, "nfe": K}
                 | {"frechet": scale * K}
             )
-        results = {"settings": {"evaluations": budget}, "command": f"run {budget}", "rows": rows}
+        settings = {"evaluations": budget, "iterations": None}
+        results = {"settings": settings, "command": f"run {budget}", "rows": rows}
         (tmp_path / f"{budget}").mkdir()
         (tmp_path / f"{budget}" / "results.json").write_text(json.dumps(results))
     runs = [str(tmp_path / "180.0"), str(tmp_path / "60.0")]

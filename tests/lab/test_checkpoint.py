@@ -162,9 +162,15 @@ def test_weights_that_are_there_already(tmp_path, monkeypatch, capsys):
         mcm.load("pretrained:digits-4")
 
 
-@pytest.mark.parametrize("name", ["cifar10-small-4", "cifar10-small-teacher"])
-def test_cifar10s_weights_draw_images(name):
+@pytest.mark.parametrize("name, steps", [("1", None), ("4", None), ("teacher", 8)])
+def test_cifar10s_weights_draw_images(name, steps):
     """Not noise: neighbouring dots are alike."""
-    model = mcm.load(f"pretrained:{name}")
-    images = mcm.sample(model, torch.randn(4, 3, 32, 32), 4, cond=torch.arange(4))
+    model = mcm.load(f"pretrained:cifar10-small-{name}")
+    images = mcm.sample(model, torch.randn(4, 3, 32, 32), steps, cond=torch.arange(4))
     assert images.diff(dim=3).square().mean() < 0.2 * images.var()
+
+
+def test_another_network_than_ours_is_refused(tmp_path):
+    other = mcm.Denoiser(torch.nn.Linear(2, 2), mcm.CosineSchedule())
+    with pytest.raises(mcm.InputError, match="knows mcm.UNet only: of a Linear torch.save"):
+        mcm.save(tmp_path / "x.safetensors", other)

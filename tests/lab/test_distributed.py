@@ -45,7 +45,7 @@ def runs(tmp_path_factory):
     found = {}
     for processes in (1, 2):
         found[processes] = tmp_path_factory.mktemp(f"on-{processes}") / "run"
-        done = run(processes, found[processes])
+        done = run(processes, found[processes], "--tensorboard")
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("the network has") == 1  # one of them talks
     return found
@@ -191,3 +191,11 @@ def test_dropout_follows_the_random_state_of_the_device(monkeypatch):
     for _ in range(3):
         parallel(torch.zeros(1))
     assert seeds[0] == seeds[1] != seeds[2]
+
+
+@pytest.mark.slow
+def test_the_first_process_alone_writes_for_tensorboard(runs):
+    pytest.importorskip("tensorboard")
+    for model in ("teacher", "cd-2"):
+        files = list((runs[2] / "tensorboard" / model).iterdir())
+        assert len(files) == 1 and files[0].stat().st_size > 0

@@ -10,11 +10,12 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
-def denoiser(K, classes=0, channels=1):
+def denoiser(K, classes=0, channels=1, schedule=None, prediction="v"):
     network = mcm.UNet(8, channels, 32, (1, 2), 1, (8,), classes)
     for weights in network.parameters():  # many begin at zero
         torch.nn.init.normal_(weights, std=0.1)
-    return mcm.Denoiser(network, mcm.CosineSchedule(), student_steps=K).eval()
+    schedule = schedule or mcm.CosineSchedule()
+    return mcm.Denoiser(network, schedule, prediction, student_steps=K).eval()
 
 
 def outputs(path, **inputs):
@@ -47,16 +48,32 @@ def test_a_diffusion_model_is_told_its_steps(tmp_path, capsys):
     mcm.save(tmp_path / "teacher.safetensors", teacher := denoiser(None, channels=3))
     arguments = [str(tmp_path / "teacher.safetensors"), str(tmp_path / "teacher.onnx")]
     assert export.main(arguments) == 2
-    assert "give --steps" in capsys.readouterr().err
+    assert "pass steps=" in capsys.readouterr().err
     assert export.main([*arguments, "--steps", "2"]) == 0
     z = torch.randn(4, 3, 8, 8)
     found = outputs(tmp_path / "teacher.onnx", noise=z)
     torch.testing.assert_close(found, mcm.sample(teacher, z, 2), atol=1e-4, rtol=0)
 
 
+def test_the_model_stays_as_it_was(tmp_path):
+    """In training mode, and with a schedule that goes on working: its table is kept once copied."""
+    schedule = mcm.DiscreteSchedule.scaled_linear()
+    student = denoiser(1, schedule=schedule, prediction="epsilon").train()
+    z = torch.randn(2, 1, 8, 8)
+    before = mcm.sample(student, z)
+    export.export(student, tmp_path / "x.onnx")
+    assert student.training
+    torch.testing.assert_close(mcm.sample(student, z), before)
+    torch.testing.assert_close(outputs(tmp_path / "x.onnx", noise=z), before, atol=1e-4, rtol=0)
+
+
 def test_bad_input(tmp_path, monkeypatch, capsys):
     assert export.main([str(tmp_path / "none.safetensors"), str(tmp_path / "x.onnx")]) == 2
     assert "no such checkpoint" in capsys.readouterr().err
+    mcm.save(tmp_path / "student.safetensors", denoiser(2))
+    arguments = [str(tmp_path / "student.safetensors"), str(tmp_path / "x.onnx")]
+    assert export.main([*arguments, "--steps", "0"]) == 2
+    assert "steps must be at least 1" in capsys.readouterr().err
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(mcm.InputError, match="pip install onnx onnxscript"):
         export.export(denoiser(1), tmp_path / "x.onnx")

@@ -194,12 +194,13 @@ def test_fid_is_named_only_with_inception(tmp_path, monkeypatch, capsys):
     """
     calls = []
 
-    class Inception(torch.nn.Module):
-        DIM, head, name = 64, None, "a stand-in"
+    class Inception(run_cifar.metrics.Foreign):
+        DIM, name = 64, "a stand-in"
 
-        def features(self, x):
-            calls.append(len(x))
-            return x.flatten(1)
+        def of_pixels(self, pixels):
+            calls.append(len(pixels))
+            assert pixels.shape[1:] == (3, 8, 8) and pixels.equal(pixels.round().clamp(0, 255))
+            return pixels[:, 0].flatten(1) / 127.5 - 1
 
     monkeypatch.setitem(run_cifar.metrics.FOREIGN, "inception", Inception)
     assert run_cifar.parse(["--data", "digits", "--features", "inception"]).samples == 50_000
@@ -231,9 +232,18 @@ def test_fid_is_named_only_with_inception(tmp_path, monkeypatch, capsys):
     )
     data = load_data("digits")
     kept = load_file(next(tmp_path.glob("inception-digits-*.safetensors")))["features"]
-    torch.testing.assert_close(kept, to_float(data.images).flatten(1))
-    assert calls.count(1000) == 1  # the 1,500 training images went through once
-    assert run_cifar.run([*arguments, "--resume"]) == 0 and calls.count(1000) == 1
+    torch.testing.assert_close(kept, to_float(data.images).flatten(1), atol=1e-6, rtol=0)
+    seen = sum(calls)
+    assert run_cifar.run([*arguments, "--resume"]) == 0 and sum(calls) == seen  # all was kept
+    monkeypatch.setitem(run_cifar.metrics.FOREIGN, "efficientnet-lite0", Inception)
+    other = ["efficientnet-lite0" if a == "inception" else a for a in arguments]
+    assert (
+        run_cifar.parse(["--data", "digits", "--features", "efficientnet-lite0"]).samples == 10_000
+    )
+    assert run_cifar.run([*other, "--resume"]) == 0
+    again = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert again["metric"]["name"] == "frechet" and again["metric"]["features"] == "a stand-in"
+    assert all(row["kernel_distance"] is not None for row in again["rows"])
     assert "FID" not in (
         "".join(run_cifar.head(results | {"metric": results["metric"] | {"name": "frechet"}}))
     ).replace("not FID", "")

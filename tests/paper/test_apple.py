@@ -66,7 +66,12 @@ def test_the_device_refuses_float64():
 @pytest.mark.parametrize("schedule, prediction", SCHEDULES, ids=["cosine", "shifted", "discrete"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"x_var": None}, {"x_var": "prior"}, {"sub_steps": 2, "teacher_eta": "er5"}],
+    [
+        {},
+        {"x_var": None},
+        {"x_var": "prior"},
+        {"sub_steps": 2, "teacher_eta": "er5", "solver_order": 2},
+    ],
     ids=str,
 )
 def test_losses_and_their_gradients(apple, schedule, prediction, changes):
@@ -82,6 +87,15 @@ def test_losses_and_their_gradients(apple, schedule, prediction, changes):
     ):
         assert loss.loss.device == APPLE and loss.loss.dtype == torch.float32
         loss.loss.backward()
+
+
+@pytest.mark.parametrize("schedule, prediction", SCHEDULES, ids=["cosine", "shifted", "discrete"])
+def test_the_inverse_of_a_step(apple, schedule, prediction):
+    z = torch.randn(3, 1, 8, 8, device=APPLE)
+    t = torch.full((3,), 0.75, device=APPLE)
+    assert mcm.inverse_ddim(z, z, t, t / 2, schedule).dtype == torch.float32
+    for _ in range(20):  # enough to be counted
+        mcm.ddim(z, z, t, t / 2, schedule)
 
 
 @pytest.mark.parametrize("solver", [mcm.ddim, mcm.addim, mcm.renoise, mcm.er_sde])
