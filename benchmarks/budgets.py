@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mcm.lab.plots import COLOURS
@@ -60,18 +61,22 @@ def draw(found: dict, path: Path) -> None:
             rivals = [row[key] for row in found["undistilled"] if row["steps"] == K]
             if rivals:
                 best = min(rivals) if key == "frechet" else max(rivals)
-                axes.axhline(best, color="grey", linestyle="--", label="best undistilled, no w")
+                axes.axhline(best, color="grey", linestyle="--", label="best undistilled")
             axes.set_xscale("log")
             ticks = sorted({row["evaluations"] for row in found["students"]})
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
-            axes.minorticks_off()
-            axes.set_yscale("log" if key == "frechet" else "linear")
+            axes.xaxis.set_minor_locator(NullLocator())
+            if key == "frechet":
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter("{x:.2g}")
+                axes.yaxis.set_minor_formatter("{x:.2g}")
             axes.grid(alpha=0.3, which="both")
             axes.set_title(f"{title}, {K} step{'s' * (K > 1)}", fontsize=9)
     for axes in panels[-1]:
         axes.set_xlabel("thousands of network evaluations in training", fontsize=8)
-    panels[0][-1].legend(fontsize=7)
-    figure.tight_layout()
+    handles, labels = panels[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(labels), fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(path)
 
 
