@@ -37,7 +37,8 @@ class Sampler(nn.Module):
 def export(denoiser: Denoiser, path: str | Path, steps: int | None = None) -> None:
     """Write the sampler of a Denoiser around a UNet; steps: as in mcm.sample.
 
-    Raises InputError without the two packages, or for steps that mcm.sample refuses.
+    Raises InputError without the two packages, for steps that mcm.sample refuses, or if PyTorch's
+    exporter fails, as 2.6's does.
     """
     missing = [name for name in ("onnx", "onnxscript") if not find_spec(name)]
     if missing:
@@ -50,20 +51,26 @@ def export(denoiser: Denoiser, path: str | Path, steps: int | None = None) -> No
         inputs["class"] = torch.tensor([0, 1])
     sampler = Sampler(copy.deepcopy(denoiser).cpu().eval(), steps)
     sampler(*inputs.values())  # what is wrong with the steps, it says now
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim("batch", max=2**20)  # PyTorch 2.6 wants an end
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
-        torch.onnx.export(
-            sampler,
-            tuple(inputs.values()),
-            str(path),
-            input_names=list(inputs),
-            output_names=["image"],
-            dynamic_shapes=({0: batch},) * len(inputs),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            torch.onnx.export(
+                sampler,
+                tuple(inputs.values()),
+                str(path),
+                input_names=list(inputs),
+                output_names=["image"],
+                dynamic_shapes=({0: batch},) * len(inputs),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        except Exception as error:  # whatever an exporter stumbles over
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"PyTorch {torch.__version__} could not export it ({reason}): a newer one may"
+            ) from error
 
 
 def main(argv: list[str] | None = None) -> int:
