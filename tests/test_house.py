@@ -95,7 +95,7 @@ def code_lines(path):
 def test_the_paper_can_be_read_in_one_sitting_and_the_rest_in_an_afternoon():
     assert sum(map(code_lines, PAPER)) <= 700
     scripts = [ROOT / "run_cifar.py", ROOT / "run_latent.py"]
-    assert sum(map(code_lines, [*PACKAGE, *scripts])) <= 5350
+    assert sum(map(code_lines, [*PACKAGE, *scripts])) <= 5400
     assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 150
 
 

@@ -75,8 +75,7 @@ def export(denoiser: Denoiser, path: str | Path, steps: int | None = None) -> No
 
 def main(argv: list[str] | None = None) -> int:
     layout = argparse.RawDescriptionHelpFormatter
-    prog = "python -m mcm.lab.export"
-    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("model", help="a file of mcm.save, or pretrained:NAME")
     parser.add_argument("onnx", type=Path, help="where to write")
     parser.add_argument("--steps", type=int, help="default: those the student was made for")

@@ -46,29 +46,35 @@ def card(denoiser: Denoiser, name: str, results: dict | None) -> str:
     """The model card, in markdown. (What licence the weights have is for their owner to say.)"""
     K = denoiser.student_steps
     what = f"A student that samples in {K} steps" if K else "A diffusion model"
-    lines = ["---", "library_name: mcm", "tags:"]
-    lines += ["- multistep-consistency", "- diffusion", "---", "", f"# {what}", ""]
-    lines += ["Multistep Consistency Models (arXiv 2403.06807), by the Python package"]
-    lines += [
-        "`multistep-consistency` (`pip install .` in its repository), which is imported as `mcm`:"
-    ]
-    lines += [""]
-    lines += ["```python", "import torch, mcm", ""]
-    a = denoiser.network.arguments
-    cond = ", cond=torch.arange(16) % " + str(a["classes"]) if a["classes"] else ""
-    steps = "" if K else ", steps=64"
-    shape = f"{a['in_channels']}, {a['image_size']}, {a['image_size']}"
-    lines += [f'model = mcm.Denoiser.from_pretrained("{name}")']
-    lines += [f"images = mcm.sample(model, torch.randn(16, {shape}){steps}{cond})  # in [-1, 1]"]
-    lines += ["```", ""]
-    if results:
-        lines += [f"- {key}: {results[key]}" for key in KEYS]
-        metric = results["metric"]
-        where = f"Fréchet distance in {metric['dim']} features of {metric['features']}"
-        name = "FID" if metric["name"] == "fid" else f"{where} (not FID)"
-        head = [f"{name}, {metric['n_generated']:,} samples, of all models of that run:"]
-        lines += ["", evaluation.table(results, head)]
-    return "\n".join(lines)
+    about = denoiser.network.arguments
+    classes = about["classes"]
+    cond = f", cond=torch.arange(16) % {classes}" if classes else ""
+    shape = f"16, {about['in_channels']}, {about['image_size']}, {about['image_size']}"
+    text = f"""---
+library_name: mcm
+tags: [multistep-consistency, diffusion]
+---
+
+# {what}
+
+Multistep Consistency Models (arXiv 2403.06807), by the Python package `multistep-consistency`
+(`pip install .` in its repository), which is imported as `mcm`:
+
+```python
+import torch, mcm
+
+model = mcm.Denoiser.from_pretrained("{name}")
+images = mcm.sample(model, torch.randn({shape}){"" if K else ", steps=64"}{cond})  # in [-1, 1]
+```
+"""
+    if not results:
+        return text
+    metric = results["metric"]
+    where = f"Fréchet distance in {metric['dim']} features of {metric['features']} (not FID)"
+    name = "FID" if metric["name"] == "fid" else where
+    head = [f"- {key}: {results[key]}" for key in KEYS]
+    head += ["", f"{name}, {metric['n_generated']:,} samples, of all models of that run:"]
+    return f"{text}\n{evaluation.table(results, head)}"
 
 
 def push_to_hub(
