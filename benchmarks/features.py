@@ -61,7 +61,7 @@ def measured(args: argparse.Namespace, data: ImageData) -> list[dict]:
         row = {"model": name, "steps": steps}
         for kind, network in networks.items():
             features = metrics.embed(network, images.to(data.images.device))[0]
-            row[kind] = metrics.kernel_distance(real_features[kind], features)
+            row[kind] = metrics.kernel_distance(real_features[kind], features, labels)
             if args.samples >= 2 * network.DIM:
                 row[f"{kind}, Frechet"] = metrics.frechet(real_features[kind], features)
         rows.append(row)

