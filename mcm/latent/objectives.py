@@ -127,7 +127,7 @@ class Preference:
             images = torch.cat(again)
         images = images.clamp(-1.5, 1.5)
         others = [self.pool[i] for i in torch.randint(len(self.pool), (len(prompts),)).tolist()]
-        differ = torch.tensor([float(a != b) for a, b in zip(prompts, others)]).to(images)
+        differ = torch.tensor([float(a != b) for a, b in zip(prompts, others)]).to(images.device)
         lacking = (self.s0 - self.reward(images, prompts)).clamp_min(0)
         return (lacking + differ * self.reward(images, others).clamp_min(0)).mean()
 
