@@ -145,6 +145,7 @@ def test_results_json_has_the_promised_shape(quick):
         "steps",
         "nfe",
         "frechet",
+        "kernel_distance",
         "precision",
         "recall",
         "rmse_to_teacher",
