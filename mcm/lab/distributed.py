@@ -7,6 +7,7 @@ dropout), and a run that several began can be ended by one.
 
 import os
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from datetime import timedelta
@@ -69,7 +70,9 @@ def _silent_bar(self, *arguments, **options) -> None:
 
 def stop() -> None:
     if is_distributed():
-        dist.barrier()  # with PyTorch 2.6, one that leaves early may hang the other for ever
+        # PyTorch 2.6 destroys with the interpreter's lock held, and waits for gloo's threads, which
+        # need it to give back the last tensors: for ever, unless they had a moment to do so.
+        time.sleep(0.5)
         dist.destroy_process_group()
 
 
