@@ -79,19 +79,17 @@ def kernel_distance(
     return both - 2 * total(a, b) / (len(a) * len(b))
 
 
-def precision_recall(
-    real: Tensor, fake: Tensor, k: int = 3, most: int = 10_000
-) -> tuple[float, float]:
+def precision_recall(real: Tensor, fake: Tensor, most: int = 10_000) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991).
 
     The share of fake samples inside the real manifold, and of real ones inside the fake manifold; a
-    manifold is the union of balls around samples that reach to their k-th nearest neighbour.
+    manifold is the union of balls around samples that reach to their third nearest neighbour.
     real, fake: (n, d); of more than `most` rows, so many are drawn, as the cost grows with the
     square. (Not at even distances: classes come in turn.)
     """
     real = some_rows(real, most)
     fake = some_rows(fake, most)
-    return inside(fake, real, k), inside(real, fake, k)
+    return inside(fake, real), inside(real, fake)
 
 
 def some_rows(a: Tensor, most: int) -> Tensor:
@@ -101,7 +99,7 @@ def some_rows(a: Tensor, most: int) -> Tensor:
     return a[torch.randperm(len(a), generator=torch.Generator().manual_seed(0))[:most]]
 
 
-def inside(points: Tensor, manifold: Tensor, k: int, chunk: int = 2048) -> float:
+def inside(points: Tensor, manifold: Tensor, k: int = 3, chunk: int = 2048) -> float:
     """The share of points within the distance of a sample of the manifold to its k-th neighbour."""
     near = (torch.cdist(rows, manifold) for rows in manifold.split(chunk))
     radius = torch.cat([distance.kthvalue(k + 1, dim=1).values for distance in near])

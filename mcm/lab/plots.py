@@ -29,18 +29,16 @@ def thumbnails(images: Tensor, widest: int = WIDEST) -> Tensor:
     return torch.cat([interpolate(part.float(), **how).cpu() for part in images.split(1)])
 
 
-def sample_rows(
-    rows: dict[str, Tensor], path: Path, scale: int = 4, columns: Sequence[str] | None = None
-) -> None:
+def sample_rows(rows: dict[str, Tensor], path: Path, columns: Sequence[str] = ()) -> None:
     """rows: label -> images (n, C, H, W) in [-1, 1], drawn one row each under a common set of
     columns; columns: their captions.
     """
     images = torch.cat([thumbnails(row) for row in rows.values()])
     n, size = len(next(iter(rows.values()))), images.shape[-1] + 1
     grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=n, padding=1, pad_value=1.0)
-    pixels = min(scale, WIDEST // (size - 1))
+    pixels = min(4, WIDEST // (size - 1))
     pixels = max(pixels, -(-50 // size))  # at least 50 dots a row, to be seen
-    titles = [textwrap.fill(text, max(8, size * pixels // 7)) for text in columns or []]
+    titles = [textwrap.fill(text, max(8, size * pixels // 7)) for text in columns]
     foot = 8 + 13 * max((1 + text.count("\n") for text in titles), default=0)
     width, height = n * size * pixels + 190, len(rows) * size * pixels + 8 + foot
     figure = Figure(figsize=(width / 100, height / 100), dpi=100)

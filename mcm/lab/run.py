@@ -620,22 +620,18 @@ def load_state(
     Where the newest file is damaged, the one before serves. Raises InputError if both are, or if
     the file belongs to a run with other settings.
     """
+    previous = previous_state(path)
     # a kill between the two renamings of a save would leave a partial file
-    if not path.is_file() and not partial_of(path).is_file():
+    if not path.is_file() and not (partial_of(path).is_file() and previous.is_file()):
         return None
     damage = None
-    for candidate in (path, previous_state(path)):
-        if not candidate.is_file():
-            continue
-        try:
-            tensors, metadata = read_safetensors(candidate)
-            break
-        except InputError as error:
-            damage = damage or error
-    else:
-        if damage:
-            raise damage
-        return None
+    try:
+        tensors, metadata = read_safetensors(path if path.is_file() else previous)
+    except InputError as error:
+        if not previous.is_file():
+            raise
+        damage = error
+        tensors, metadata = read_safetensors(previous)
     step: Any = metadata.get("step")
     elapsed: Any = metadata.get("elapsed")
     if damage:

@@ -121,20 +121,18 @@ def mlcm_segments(segments: int, share: float, **changes) -> Phase:
     return Phase(method, share, states="teacher", rollout_steps=8, **changes)
 
 
-def mlcm_latent(K: int, preference: float = 0.1) -> Recipe:
-    """preference: its weight, which is not printed.
-
-    The paper's body was not available: 8, 4, 2, 1 segments, their shares, the teacher's step of 40
-    and the weight are ours, the rest is TLCM's first stage. It ends with one segment, and spends
-    most of its iterations there: noised afresh at every step, a model samples well only if its
-    x_hat is an image, and with more segments x_hat only leads to the start of one.
+def mlcm_latent(K: int) -> Recipe:
+    """The paper's body was not available: 8, 4, 2, 1 segments, their shares, the teacher's step of
+    40 and the preference's weight are ours, the rest is TLCM's first stage. It ends with one
+    segment, and spends most of its iterations there: noised afresh at every step, a model samples
+    well only if its x_hat is an image, and with more segments x_hat only leads to the start of one.
     """
     phases = (
         mlcm_segments(8, 0.15),
         mlcm_segments(4, 0.1),
         mlcm_segments(2, 0.1),
         mlcm_segments(1, 0.55),
-        mlcm_segments(1, 0.1, lr=0.3, objectives=(("preference", preference),)),
+        mlcm_segments(1, 0.1, lr=0.3, objectives=(("preference", 0.1),)),
     )
     summary = (
         "multistep latent consistency (arXiv 2406.05768v1-3): 8, 4, 2, then 1 segment, then a "
@@ -143,22 +141,19 @@ def mlcm_latent(K: int, preference: float = 0.1) -> Recipe:
     return Recipe(phases, True, summary)
 
 
-def tlcm_latent(
-    K: int, preference: float = 0.3, matching: float = 0.5, adversarial: float = 0.2
-) -> Recipe:
-    """preference, matching, adversarial: weights of the further objectives, which are not printed.
-
-    Shares and rates are the paper's: 12,000, 2,000, 500 and 1,000 iterations, at 1e-4 and then
-    1e-5, the discriminator at 1e-4.
+def tlcm_latent(K: int) -> Recipe:
+    """Shares and rates are the paper's: 12,000, 2,000, 500 and 1,000 iterations, at 1e-4 and then
+    1e-5, the discriminator at 1e-4. The further objectives' weights, which are not printed, are
+    ours.
     """
     first = Method(8, (1000, 1000), skip=20, x_var=None, weight="q", distance="squared")
     second = Method(1, (8, 8), x_var=None, weight="x", distance="squared", sub_steps=3)
     later = {"lr": 0.1, "states": "student", "rollout_steps": 4}
-    both = (("distribution_matching", matching), ("adversarial_diffused", adversarial))
+    both = (("distribution_matching", 0.5), ("adversarial_diffused", 0.2))
     phases = (
         Phase(first, 0.77, states="teacher", rollout_steps=8),
         Phase(second, 0.13, **later),
-        Phase(second, 0.03, objectives=(("preference", preference),), **later),
+        Phase(second, 0.03, objectives=(("preference", 0.3),), **later),
         Phase(second, 0.07, critic_lr=10, objectives=both, **later),
     )
     summary = (
@@ -169,11 +164,13 @@ def tlcm_latent(
     return Recipe(phases, True, summary)
 
 
-def scott_latent(K: int, adversarial: float = 0.4) -> Recipe:
-    """The discriminator's rate is the paper's 2e-5 over 8e-6 for the student."""
+def scott_latent(K: int) -> Recipe:
+    """The discriminator's rate is the paper's 2e-5 over 8e-6 for the student; its weight is the
+    paper's too.
+    """
     solver = {"skip": 24, "sub_steps": 3, "teacher_eta": "er5", "solver_order": 2}
     method = Method(1, (1000, 1000), x_var=None, weight="x", distance="squared", **solver)
-    adversary = (("adversarial", adversarial),)
+    adversary = (("adversarial", 0.4),)
     phase = Phase(method, critic_lr=2.5, target_ema=0.95, objectives=adversary)
     summary = (
         "stochastic consistency distillation (arXiv 2403.01505): the teacher's steps are an SDE's, "

@@ -148,25 +148,18 @@ class MCMScheduler(SchedulerMixin, ConfigMixin):
         following = self.timesteps[place[0, 0] + 1 :]
         z = sample.float()
         x_hat = Denoiser(lambda *_: model_output, self.schedule, self.prediction)(z, t)
+        previous = x_hat
         if len(following):
-            previous = self._towards(x_hat, z, t, int(following[0]), eta, generator)
-        else:
-            previous = x_hat
+            after = self._time(int(following[0]), len(z))
+            between = (1 - eta) * after
+            previous = ddim(x_hat, z, t, between, self.schedule)
+        if len(following) and eta > 0:
+            # z_after given z_between: the forward process from the one to the other
+            kept = self.schedule(after)[0] / self.schedule(between)[0]
+            noise = randn_tensor(z.shape, generator=generator, device=z.device)
+            previous = expand(kept, z) * previous + expand(torch.sqrt(1 - kept**2), z) * noise
         previous = previous.to(sample.dtype)
         return SchedulerOutput(previous) if return_dict else (previous,)
-
-    def _towards(
-        self, x_hat: Tensor, z: Tensor, t: Tensor, following: int, eta: float, generator
-    ) -> Tensor:
-        after = self._time(following, len(z))
-        between = (1 - eta) * after
-        z_between = ddim(x_hat, z, t, between, self.schedule)
-        if eta <= 0:
-            return z_between
-        # z_after given z_between: the forward process from the one to the other
-        kept = self.schedule(after)[0] / self.schedule(between)[0]
-        noise = randn_tensor(z.shape, generator=generator, device=z.device)
-        return expand(kept, z) * z_between + expand(torch.sqrt(1 - kept**2), z) * noise
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         if not timesteps.numel():

@@ -92,9 +92,7 @@ class Scorer(nn.Module):
         return (unit * self.describe(prompts)).sum(1) * self.scale()
 
 
-def train_scorer(
-    images: Tensor, captions: Sequence[str], settings: Training, path: Path, resume: bool = True
-) -> Scorer:
+def train_scorer(images: Tensor, captions: Sequence[str], settings: Training, path: Path) -> Scorer:
     """images: (n, 3, H, W) uint8, with their captions. Cached at `path`."""
     device = images.device
     with restored_randomness(device):
@@ -108,7 +106,7 @@ def train_scorer(
         return scorer.eval().requires_grad_(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     learner = Learner(dict(scorer.named_parameters()), settings.clip, weight_decay=0.05)
-    run = Run(path.stem, {"scorer": learner}, settings, path.parent, resume)
+    run = Run(path.stem, {"scorer": learner}, settings, path.parent, True)
     for step in run:
         rows = batch_indices(len(images), settings.batch, step, settings.seed)
         x = to_float(images[rows.to(device)])

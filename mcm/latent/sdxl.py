@@ -275,13 +275,10 @@ class SDXL:
         return Denoiser(Network(self.unets[name], name), self.schedule, self.prediction)
 
     @torch.no_grad()
-    def encode(
-        self, prompts: Sequence[str], size: int | None = None, folder: Path | None = None
-    ) -> Condition:
+    def encode(self, prompts: Sequence[str], folder: Path | None = None) -> Condition:
         """Prompts -> conditions, on the CPU, computed once.
 
-        size: image side in pixels, for the time ids. folder: keep the states there instead of in
-            memory, where SDXL's are 0.3 MB a prompt.
+        folder: keep the states there instead of in memory, where SDXL's are 0.3 MB a prompt.
         """
         pooled = []
 
@@ -293,7 +290,7 @@ class SDXL:
                 pooled.append(pooled_part.cpu())
                 yield encoded.cpu()
 
-        size = size or self.size * self.pipe.vae_scale_factor
+        size = self.size * self.pipe.vae_scale_factor
         ids = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32)
         kept = cat_on_disk(states(), folder)
         return Condition(kept, torch.cat(pooled), ids.expand(len(prompts), 6))
