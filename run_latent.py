@@ -238,7 +238,10 @@ def adapted(recipe: Recipe, config: Config, has_reward: bool, train_steps: int) 
         method = replace(phase.method, teacher_steps=grid, skip=skip)
         changes = {"method": method, "objectives": tuple(kept), "share_rollout": shared}
         phases.append(replace(phase, **changes))
-    return replace(recipe, phases=tuple(phases))
+    summary = recipe.summary
+    if [phase.objectives for phase in phases] != [phase.objectives for phase in recipe.phases]:
+        summary += "; here without its preference"
+    return replace(recipe, phases=tuple(phases), summary=summary)
 
 
 def try_out(config: Config, job: Distillation, students: list[Student]) -> None:
@@ -539,12 +542,13 @@ class Evaluator:
         key = f"{row.get('recipe', row['model'])} {sampler} {steps}"
         if self.rows.holds(key):
             return
-        target = self.teacher_images()
         began = time.perf_counter()
+        target = self.teacher_images()
         images, seconds = self.reference
         if key != "teacher ddim 25":
+            drawing = time.perf_counter()
             images = self.decode(self.sample(model, len(self.z), sampler, steps, key))
-            seconds = (time.perf_counter() - began) / len(self.z)
+            seconds = (time.perf_counter() - drawing) / len(self.z)
         row = row | self.figures(images, target) | {"seconds_per_image": seconds}
         self.rows.add(key, weights, row, time.perf_counter() - began)
         print(evaluation.row_line(row))

@@ -47,7 +47,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """phases: trained one after the other. summary: for --help.
+    """phases: trained one after the other. summary: for --help and model cards.
 
     renoise: how to sample. x_hat noised afresh at every step (then one model serves every number of
         steps), or DDIM from segment to segment (then there is a model for each number).

@@ -199,6 +199,11 @@ def test_a_pretrained_pipeline_from_prompts_alone(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "mlcm: trying one step of each phase" in said and "each row has 4 images" in said
     assert "preference phases are left out" in said
+    card = (tmp_path / "out" / "mlcm" / "README.md").read_text(encoding="utf-8")
+    assert "here without its preference" in card
+    teacher = results["rows"][0]
+    assert teacher["nfe"] == 50 and results["metric"]["n_generated"] == 4
+    assert results["seconds"]["evaluation"] > 0.9 * 4 * teacher["seconds_per_image"]
     # the same folder, another pipeline
     untrained_pipeline(tmp_path / "other", channels=(32, 48)).save_pretrained(
         tmp_path / "2" / "pipe"
