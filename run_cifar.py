@@ -476,12 +476,9 @@ def draw_page(
         if sampler == "ddim":
             row = rows.entries[f"{name} {sampler} {steps}"]["row"]
             images, times, path = explorer.walk(models[name], z, labels, steps=steps)
-            view = explorer.View(row["model"], steps, images, row, times)
-            if name != "teacher" or steps not in config.steps:
-                view.path = path
-                rows_of = metrics.nearest(images.to(z.device), data.images)
-                view.nearest = to_float(data.images[rows_of]).cpu()
-            views.append(view)
+            rows_of = metrics.nearest(images.to(z.device), data.images)
+            nearest = to_float(data.images[rows_of]).cpu()
+            views.append(explorer.View(row["model"], steps, images, row, times, path, nearest))
     names = CIFAR_CLASSES if config.data == "cifar10" else range(data.classes)
     note = f"Distances are measured in {config.samples:,} images, as results.md says."
     about = ([str(names[i]) for i in labels.tolist()], "class", config.data, note)

@@ -14,13 +14,14 @@ import torch
 
 import mcm
 import run_cifar
+from mcm.lab import explorer
 from mcm.lab.data import load_data
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="pip install -r requirements-dev.txt")
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import Select  # noqa: E402
+from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "tutorials" / "explorer.html"
@@ -51,6 +52,7 @@ def browser():
 @pytest.fixture
 def page(browser):
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
     browser.set_window_size(1280, 1000)
     browser.get(PAGE.as_uri())
     yield browser
@@ -67,6 +69,43 @@ def dot(page, figure, name):
 
 def value(handle):
     return float(handle.get_attribute("aria-valuenow"))
+
+
+def drag(page, handle, across, down, moves):
+    """With the mouse, in so many moves."""
+    chain = ActionChains(page, duration=10).click_and_hold(handle)
+    for i in range(moves):
+        step = [round(d * (i + 1) / moves) - round(d * i / moves) for d in (across, down)]
+        chain = chain.move_by_offset(*step)
+    chain.release().perform()
+
+
+def swipe(page, node, across, down, moves=10):
+    """With a finger, from the middle of a node on."""
+    where = "const r = arguments[0].getBoundingClientRect();"
+    x, y = page.execute_script(where + "return [r.x + r.width / 2, r.y + r.height / 2]", node)
+
+    def touch(kind, share=None):
+        points = [] if share is None else [{"x": x + across * share, "y": y + down * share}]
+        event = {"type": f"touch{kind}", "touchPoints": points}
+        page.execute_cdp_cmd("Input.dispatchTouchEvent", event)
+
+    touch("Start", 0)
+    for i in range(moves):
+        touch("Move", (i + 1) / moves)
+    touch("End")
+
+
+def wait(page, until):
+    """A finger's events come with the next frames."""
+    WebDriverWait(page, 5).until(lambda _: until())
+
+
+def as_phone(page, path, width=360):
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    page.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    page.get(path.as_uri())
 
 
 def time(t):
@@ -181,9 +220,13 @@ def test_a_handle_follows_the_mouse_and_the_keys(page, figure, name, across, up)
     handle = dot(page, figure, name)
     page.execute_script("arguments[0].scrollIntoView({block: 'center'})", handle)
     before, text = value(handle), said(page, figure)
-    ActionChains(page).click_and_hold(handle).move_by_offset(across, -up).release().perform()
-    dragged = value(dot(page, figure, name))
-    assert (dragged - before) * (across + up) > 0 and said(page, figure) != text
+    drag(page, handle, across, -up, moves=1)
+    once = value(handle)
+    assert (once - before) * (across + up) > 0 and said(page, figure) != text
+    drag(page, handle, -across, up, moves=1)
+    drag(page, handle, across, -up, moves=20)  # as a hand does it
+    dragged = value(handle)
+    assert dragged == pytest.approx(once, abs=0.051)
     dot(page, figure, name).send_keys(Keys.ARROW_LEFT)
     assert value(dot(page, figure, name)) < dragged
 
@@ -227,6 +270,7 @@ def run(tmp_path_factory):
 @pytest.fixture
 def run_page(browser, run):
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
     browser.set_window_size(1280, 1000)
     browser.get((run / "explorer.html").as_uri())
     yield browser
@@ -290,16 +334,66 @@ def test_the_teacher_in_as_many_steps_is_a_click_away(run_page, run):
     assert f"Fréchet distance {shown}." in said(run_page, "steps")
 
 
-def test_a_click_opens_the_path(run_page):
+def test_a_click_opens_the_path_of_what_is_shown(run_page):
+    box = run_page.find_element(By.CSS_SELECTOR, "#path div[data-name=left]")
+    assert "K = 4, student" in box.text  # as above it
+    dot(run_page, "steps", "steps K").send_keys(Keys.HOME)
     tiles(run_page)[12].click()
     assert said(run_page, "path") == "Image 13: 2."
-    for side, K in (("left", "4"), ("right", "1")):
+    assert "K = 1, student" in box.text
+    run_page.find_element(By.CSS_SELECTOR, "#steps [data-name=teacher]").click()
+    assert "K = 1, teacher" in box.text
+    other = run_page.find_element(By.CSS_SELECTOR, "#path div[data-name=right]")
+    assert "K = 64 = ∞, teacher (8 of 64 steps)" in other.text
+    for side, K, model in (("left", 4, "student"), ("right", 2, "teacher")):
         select = Select(run_page.find_element(By.CSS_SELECTOR, f"#path select[data-name={side}]"))
-        select.select_by_visible_text(K)
+        select.select_by_visible_text(f"{K}, {model}")
         box = run_page.find_element(By.CSS_SELECTOR, f"#path div[data-name={side}]")
-        assert f"K = {K}, student" in box.text
+        assert f"K = {K}, {model}" in box.text
         # z_t and x_hat of each step, the image and its nearest neighbour
-        assert len(box.find_elements(By.CSS_SELECTOR, "[role=img]")) == 2 * int(K) + 2
+        assert len(box.find_elements(By.CSS_SELECTOR, "[role=img]")) == 2 * K + 2
+
+
+def test_the_slider_by_hand(run_page):
+    """A drag in many moves, a press on its line, keys after another control, what is read out."""
+    slider = dot(run_page, "steps", "steps K")
+    assert slider.get_attribute("aria-valuetext") == "4"
+    drag(run_page, slider, 120, 0, moves=30)
+    assert said(run_page, "steps").startswith("K = 8:")
+    rail = run_page.find_element(By.CSS_SELECTOR, "#steps .rail")
+    ActionChains(run_page).move_to_element_with_offset(rail, 300, 0).click().perform()
+    assert slider.get_attribute("aria-valuetext") == "64 = ∞"
+    run_page.find_element(By.CSS_SELECTOR, "#steps [data-name=teacher]").click()
+    ActionChains(run_page).send_keys(Keys.ARROW_LEFT).perform()
+    assert said(run_page, "steps").startswith("K = 32: teacher")
+
+
+def test_the_slider_on_a_phone(run_page, run):
+    as_phone(run_page, run / "explorer.html")
+    slider = dot(run_page, "steps", "steps K")
+    run_page.execute_script("arguments[0].scrollIntoView({block: 'center'})", slider)
+    swipe(run_page, slider, 120, 0)
+    wait(run_page, lambda: value(slider) > 2)
+    figure = run_page.find_element(By.CSS_SELECTOR, "#curve svg")
+    run_page.execute_script("arguments[0].scrollIntoView({block: 'center'})", figure)
+    before = run_page.execute_script("return scrollY")
+    swipe(run_page, figure, 0, 100)  # what is no handle scrolls
+    wait(run_page, lambda: run_page.execute_script("return scrollY") < before)
+
+
+def test_a_finger_on_the_courses_handles(page):
+    as_phone(page, PAGE)
+    for figure, name, across, down in (
+        ("chord", "time q", 60, 0),
+        ("dial", "z at t = 1", 0, -60),
+        ("noise", "eta", 60, 0),
+        ("noise", "start of the error", -60, 0),
+    ):
+        handle = dot(page, figure, name)
+        page.execute_script("arguments[0].scrollIntoView({block: 'center'})", handle)
+        before = value(handle)
+        swipe(page, handle, across, down)
+        wait(page, lambda: abs(value(handle) - before) > 0.1)  # noqa: B023
 
 
 def test_a_class_can_be_chosen(run_page):
@@ -326,7 +420,12 @@ def test_the_page_of_a_run_fits_the_window(run_page, run, width):
     run_page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     run_page.get((run / "explorer.html").as_uri())
     assert run_page.execute_script("return document.documentElement.scrollWidth") <= width
-    handle = dot(run_page, "steps", "steps K")
-    before = said(run_page, "steps")
-    ActionChains(run_page).click_and_hold(handle).move_by_offset(60, 0).release().perform()
-    assert said(run_page, "steps") != before
+
+
+def test_long_captions_fit_a_phone(browser, tmp_path):
+    views = [explorer.View("teacher", 1, torch.zeros(2, 3, 8, 8), {"nfe": 1, "sampler": "ddim"})]
+    views[0].row["seconds_per_image"] = 0.1
+    captions = ["a small red circle above a large blue square on black " * 2, "a cat"]
+    explorer.save_page(tmp_path / "page.html", views, captions, "caption", "shapes", "a note")
+    as_phone(browser, tmp_path / "page.html")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 360

@@ -42,14 +42,15 @@ function plot(svg, [left, top, width, height], [x0, x1], [y0, y1], labels) {
   me.frame();
   return me;
 }
-// A line to drag a handle along, for what has no place of its own in a plot.
+// A line to drag a handle along, or to press where it should go, for what has no place in a plot.
 function track(svg, [left, top, width], [x0, x1], label) {
-  add(svg, "line", {x1: left, x2: left + width, y1: top, y2: top, stroke: "var(--faint)"});
+  const ends = {x1: left, x2: left + width, y1: top, y2: top};
+  add(svg, "line", {...ends, stroke: "var(--faint)"});
   add(svg, "text", {x: left + width + 14, y: top + 5}, label);
-  return {place: v => [left + width * (v - x0) / (x1 - x0), top], read: px => x0 + (x1 - x0) * (px - left) / width};
+  return {rail: add(svg, "line", {...ends, class: "rail"}), place: v => [left + width * (v - x0) / (x1 - x0), top], read: px => x0 + (x1 - x0) * (px - left) / width};
 }
-// place(value) -> [px, py] in the SVG; read(px, py) -> value
-function handle(svg, name, {min, max, step, value, place, read}, changed) {
+// place(value) -> [px, py] in the SVG; read(px, py) -> value; say(value): what a screen reader says
+function handle(svg, name, {min, max, step, value, place, read, rail, say}, changed) {
   const dot = add(svg, "circle", {r: 9, class: "handle", tabindex: 0, role: "slider",
     "aria-label": name, "aria-valuemin": min, "aria-valuemax": max});
   const me = {value, set(v) {
@@ -60,17 +61,21 @@ function handle(svg, name, {min, max, step, value, place, read}, changed) {
     dot.setAttribute("cx", x); dot.setAttribute("cy", y);
     dot.setAttribute("aria-valuenow", +me.value.toFixed(4));
     dot.setAttribute("aria-valuemin", min(me)); dot.setAttribute("aria-valuemax", max(me));
-    svg.append(dot);
+    if (say) dot.setAttribute("aria-valuetext", say(me.value));
   }};
   const move = event => {
     const p = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
     me.set(read(p.x, p.y));
   };
-  dot.addEventListener("pointerdown", event => {
+  const hold = event => {
     dot.setPointerCapture(event.pointerId); dot.focus(); event.preventDefault();
     dot.onpointermove = move;
     dot.onpointerup = dot.onpointercancel = () => { dot.onpointermove = null; };
-  });
+  };
+  dot.addEventListener("pointerdown", hold);
+  if (rail) rail.addEventListener("pointerdown", event => { hold(event); move(event); });
+  for (const node of rail ? [dot, rail] : [dot])  // a finger here drags, and does not scroll
+    node.addEventListener("touchstart", event => event.preventDefault(), {passive: false});
   dot.addEventListener("keydown", event => {
     const by = {ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 10, PageDown: -10};
     if (event.key === "Home") me.set(min(me));
