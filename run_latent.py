@@ -28,7 +28,7 @@ import mcm
 from mcm.denoiser import select
 from mcm.lab import checkpoint, evaluation, explorer, metrics, options, plots
 from mcm.lab.board import check_board
-from mcm.lab.data import captioned_folder, permutation, read_lines
+from mcm.lab.data import captioned_folder, permutation, read_lines, to_float
 from mcm.lab.run import Training
 
 try:
@@ -70,7 +70,7 @@ class Config:
     pipeline: Path | None = None
     """where the tiny pipeline is kept and found again (default: runs/tiny-sdxl-...)"""
     device: str | None = None
-    """cpu, cuda or cuda:1 (default: cuda where there is one, else cpu)"""
+    """cpu, cuda, cuda:1 or mps (default: cuda where there is one, else cpu)"""
     precision: Literal["fp32", "bf16"] | None = None
     """of the networks; losses are float32 (default: bf16 for --pretrained on a GPU, else fp32)"""
     full: bool = False
@@ -506,7 +506,10 @@ class Evaluator:
         seen = plots.thumbnails(self.decode(path.flatten(0, 2)), 64).unflatten(0, path.shape[:3])
         name = re.sub(r"-\d+$", "", row.get("recipe", row["model"]))
         images = self.decode(torch.cat(latents))
-        return explorer.View(name, row["steps"], images, row, times[0], seen)
+        known, nearest = self.data.images, None
+        if known is not None and known.shape[-1] <= 64:  # larger ones lie on the disk
+            nearest = to_float(known[metrics.nearest(images, known)])
+        return explorer.View(name, row["steps"], images, row, times[0], seen, nearest)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

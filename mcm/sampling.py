@@ -48,7 +48,7 @@ def sample(
         steps = len(times)
     steps = trained if steps is None else steps
     if steps is None:
-        raise InputError("a diffusion model has no number of steps of its own: pass steps=")
+        raise InputError("a diffusion model has no number of steps of its own: pass steps")
     if steps < 1:
         raise InputError(f"steps must be at least 1, not {steps}")
     # noised afresh, a one-segment model is asked what it knows at any t

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -296,7 +297,10 @@ def read_npz(paths: list[Path]) -> tuple[Tensor, Tensor]:
 
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".avif")
-SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+SPLIT = re.compile(
+    "(train|training|val|valid|validation|dev|eval|test|testing)([-_ ]?(set|data|images|[0-9]+))*",
+    re.IGNORECASE,
+)
 
 
 def is_transparent(image: Image.Image) -> bool:
@@ -385,27 +389,38 @@ def folder(data_dir: Path, image_size: int, background: str = BACKGROUND) -> Ima
     if others:
         kinds = printable(", ".join(other or "no ending" for other in others[:10]))
         print(f"{len(files) - len(paths)} files that are no images ({kinds}) were left out")
-    group, images = [], []
+    group, images, inner = [], [], set()
     for index, pixels in read_images(paths, image_size, background):
         images.append(pixels)
-        parts = paths[index].relative_to(data_dir).parts
-        group.append(parts[0] if len(parts) > 1 else "")
+        *above, _ = paths[index].relative_to(data_dir).parts
+        group.append(above[0] if above else "")
+        inner.update(above[1:2])
     classes = sorted(set(group))
-    introduce_classes(data_dir, group, classes)
+    introduce_classes(data_dir, group, classes, sorted(inner))
     labels = torch.tensor([classes.index(name) for name in group])
     return hold_out("folder", torch.stack(images), labels, len(classes), each=True)
 
 
-def introduce_classes(data_dir: Path, group: list[str], classes: list[str]) -> None:
-    """Say what was taken for a class; a folder may have been meant otherwise."""
+def introduce_classes(
+    data_dir: Path, group: list[str], classes: list[str], inner: list[str]
+) -> None:
+    """Say what was taken for a class; a folder may have been meant otherwise.
+
+    group: of each image; inner: names of folders within those of the classes.
+    """
     if len(classes) == 1:
+        if len(inner) > 1:
+            names = f"{printable(', '.join(inner[:5]))}{', ...' * (len(inner) > 5)}"
+            there = printable(data_dir / classes[0])
+            print(f"one class; if {names} are the classes, point --data-dir at {there}")
         return
     told = [f"{printable(name) or '(in no folder)'} {group.count(name):,}" for name in classes[:20]]
     print(f"{len(classes)} classes: {', '.join(told)}{', ...' * (len(classes) > 20)}")
     if "" in classes:
         print(f"{group.count(''):,} images lie beside the class folders: a class of their own")
-    splits = [name for name in classes if name.lower() in SPLITS]
+    splits = [name for name in classes if SPLIT.fullmatch(name)]
     if len(splits) > 1:
+        splits.sort(key=lambda name: not name.lower().startswith("train"))
         inside = data_dir / splits[0]
         print(f"{' and '.join(splits)} look like splits, no classes: point --data-dir at {inside}")
 
@@ -442,13 +457,15 @@ def captioned_folder(
 ) -> tuple[list[str], Tensor]:
     """Captioned images, as the image-folder convention of the datasets library has them.
 
-    metadata.jsonl or metadata.csv, here or in sub-folders, with a `file_name` (seen from there) and
-    a `text` or `caption` per line.
+    metadata.jsonl or metadata.csv, here or in sub-folders (see `files_below`), with a `file_name`
+    (seen from there) and a `text` or `caption` per line.
     -> captions, images (n, 3, image_size, image_size) uint8 as `read_images` makes them, in an
     order shuffled once and for all. The images are kept on disk, if a folder for them is given.
     Raises InputError, naming the line, for anything missing.
     """
-    listings = sorted(data_dir.rglob("metadata.jsonl")) or sorted(data_dir.rglob("metadata.csv"))
+    files = list(files_below(data_dir)) if data_dir.is_dir() else []
+    listings = [path for path in files if path.name == "metadata.jsonl"]
+    listings = listings or [path for path in files if path.name == "metadata.csv"]
     if not listings:
         there = sorted(p.name for p in data_dir.glob("*"))[:5] if data_dir.is_dir() else "no folder"
         raise InputError(

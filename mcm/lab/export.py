@@ -37,12 +37,16 @@ class Sampler(nn.Module):
 def export(denoiser: Denoiser, path: str | Path, steps: int | None = None) -> None:
     """Write the sampler of a Denoiser around a UNet; steps: as in mcm.sample.
 
-    Raises InputError without the two packages, for steps that mcm.sample refuses, or if PyTorch's
-    exporter fails, as 2.6's does.
+    Raises InputError without the two packages, for steps that mcm.sample refuses, if the path is a
+    folder, or if PyTorch's exporter fails, as 2.6's does.
     """
     missing = [name for name in ("onnx", "onnxscript") if not find_spec(name)]
     if missing:
         raise InputError(f"ONNX needs more packages: pip install {' '.join(missing)}")
+    if Path(path).is_dir():
+        raise InputError(
+            f"{path} is a folder: give a file in it, like {Path(path) / 'student.onnx'}"
+        )
     make_folder(Path(path).parent, "the folder")
     about = denoiser.network.arguments
     size = about["image_size"]

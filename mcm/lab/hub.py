@@ -20,12 +20,18 @@ def save_pretrained(
     results: the results.json of the run that made it, or the run's folder; the card takes data,
         command, hardware and the table from it.
     name: what the card's code loads it by (default: the folder).
-    Raises InputError if there are no results there, or the folder cannot be written to.
+    Raises InputError if there are no results there, or those of a run on other data, or the folder
+    cannot be written to.
     """
     folder = Path(folder)
     make_folder(folder, "the folder")
-    text = card(denoiser, str(name or folder), read_results(Path(results)) if results else None)
-    save(folder / FILE, denoiser, **getattr(denoiser, "metadata", {}))
+    known = getattr(denoiser, "metadata", {})
+    found = read_results(Path(results)) if results else None
+    if found and known.get("trained_on", found["data"]) != found["data"]:
+        other = f"on {found['data']}, and the model was trained on {known['trained_on']}"
+        raise InputError(f"{results} is of a run {other}")
+    text = card(denoiser, str(name or folder), found)
+    save(folder / FILE, denoiser, **known)
     write(folder / "README.md", text)
 
 
@@ -84,16 +90,18 @@ def push_to_hub(
     private: bool = False,
     token: str | None = None,
 ) -> str:
-    """Upload what `save_pretrained` writes to "OWNER/NAME", made if need be; -> its address.
+    """Upload what `save_pretrained` writes to "OWNER/NAME" (or your own NAME), made if need be;
+    -> its address.
 
     Raises InputError without the package huggingface_hub, and if the Hub refuses.
     """
     hub = package()
     api = hub.HfApi(token=token)
     with TemporaryDirectory() as folder:
-        save_pretrained(denoiser, folder, results, repo_id)
+        save_pretrained(denoiser, folder, results, repo_id)  # what is wrong, it says at once
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            save_pretrained(denoiser, folder, results, repo_id)  # its card names it in full
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         except Exception as error:  # which kinds there are differs between its versions
             raise InputError(f"{repo_id} could not be uploaded ({error})") from None

@@ -274,7 +274,8 @@ class Foreign(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         pixels = ((x + 1) * 127.5).round().clamp(0, 255).expand(-1, 3, -1, -1)
-        return torch.cat([self.of_pixels(part) for part in pixels.split(100)])
+        parts = tqdm(pixels.split(100), f"{self.name}, 100 images each", leave=False)
+        return torch.cat([self.of_pixels(part) for part in parts])
 
     def of_pixels(self, pixels: Tensor) -> Tensor:
         """RGB in whole numbers from 0 to 255 -> features."""

@@ -368,6 +368,18 @@ def test_what_may_have_been_meant_otherwise_is_said(tmp_path, capsys):
             filled(tmp_path / "a" / split / name, 6)
     assert load_data("folder", tmp_path / "a", 8).classes == 2
     assert f"point --data-dir at {tmp_path / 'a' / 'train'}" in capsys.readouterr().out
+    for splits in (("Training", "Testing"), ("train2017", "val2017"), ("test-set", "train_images")):
+        for split in splits:
+            filled(tmp_path / splits[0] / split, 11)
+        load_data("folder", tmp_path / splits[0], 8)
+        first = next(name for name in splits if name.lower().startswith("train"))
+        out = capsys.readouterr().out
+        assert "look like splits" in out and out.endswith(f"{tmp_path / splits[0] / first}\n")
+    for name in ("cats", "dogs"):
+        filled(tmp_path / "alone" / "train" / name, 11)
+    assert load_data("folder", tmp_path / "alone", 8).classes == 1
+    out = capsys.readouterr().out
+    assert f"if cats, dogs are the classes, point --data-dir at {tmp_path / 'alone' / 'tr'}" in out
     filled(tmp_path / "b" / "cats", 12)
     filled(tmp_path / "b", 10)
     assert load_data("folder", tmp_path / "b", 8).classes == 2
@@ -485,6 +497,18 @@ def test_captioned_pictures_keep_their_captions(tmp_path, capsys):
             and len(set(captions)) == 19
         )
     assert "1 of 20 images could not be read" in capsys.readouterr().out
+
+
+def test_captioned_folders_hidden_or_linked(tmp_path):
+    """As folders of classes: what is hidden is left out, links are followed, loops end."""
+    for name in ("data/a", "data/.ipynb_checkpoints", "data/__MACOSX", "elsewhere"):
+        picture(tmp_path / name / "x.png")
+        line = json.dumps({"file_name": "x.png", "text": f"from {name}"})
+        (tmp_path / name / "metadata.jsonl").write_text(line, encoding="utf-8")
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "a" / "loop").symlink_to(tmp_path / "data")
+    captions, images = captioned_folder(tmp_path / "data", 8)
+    assert sorted(captions) == ["from data/a", "from elsewhere"] and len(images) == 2
 
 
 def listed(folder, name, text):

@@ -54,7 +54,7 @@ def test_a_diffusion_model_is_told_its_steps(tmp_path, capsys):
     mcm.save(tmp_path / "teacher.safetensors", teacher := denoiser(None, channels=3))
     arguments = [str(tmp_path / "teacher.safetensors"), str(tmp_path / "teacher.onnx")]
     assert export.main(arguments) == 2
-    assert "pass steps=" in capsys.readouterr().err
+    assert "pass steps" in capsys.readouterr().err
     assert export.main([*arguments, "--steps", "2"]) == 0
     z = torch.randn(4, 3, 8, 8)
     found = outputs(tmp_path / "teacher.onnx", noise=z)
@@ -90,6 +90,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     arguments = [str(tmp_path / "student.safetensors"), str(tmp_path / "x.onnx")]
     assert export.main([*arguments, "--steps", "0"]) == 2
     assert "steps must be at least 1" in capsys.readouterr().err
+    assert export.main([arguments[0], str(tmp_path)]) == 2
+    assert "is a folder: give a file in it" in capsys.readouterr().err
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(mcm.InputError, match="pip install onnx onnxscript"):
         export.export(denoiser(1), tmp_path / "x.onnx")

@@ -78,7 +78,7 @@ def test_there_and_back(server):
     same(mcm.Denoiser.from_pretrained(str(folder)), model)  # the folder itself, no Hub
     assert len(server.calls) == 3
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert f'from_pretrained("{"digits-4"}")' in card and "pip install ." in card
+    assert 'from_pretrained("someone/digits-4")' in card and "pip install ." in card
 
 
 def test_what_is_known_of_a_model_is_kept(tmp_path):
@@ -120,6 +120,9 @@ def test_bad_input(server, tmp_path, monkeypatch):
     with pytest.raises(mcm.InputError, match="is not the results.json of a run"):
         student().push_to_hub("x/y", results=tmp_path)
     assert not (server.folder / "x").exists()
+    with pytest.raises(mcm.InputError, match="run on cifar10, and the model was trained on digits"):
+        mcm.load("pretrained:digits-4").push_to_hub("x/y", results=RUN)
+    assert not any(call[0] == "create" for call in server.calls)
     (tmp_path / "empty").mkdir()
     with pytest.raises(mcm.InputError, match="no such checkpoint"):
         mcm.Denoiser.from_pretrained(tmp_path / "empty")

@@ -238,6 +238,8 @@ def test_a_captioned_folder(tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["metric"]["n_generated"] == 130 and "scorer" in results["metric"]["alignment"]
     assert (tmp_path / "out" / "scott" / "unet" / "config.json").is_file()
+    page = (tmp_path / "out" / "explorer.html").read_text(encoding="utf-8")
+    assert page.count('"nearest": "data:image') == page.count('"path": "data:image') > 0
 
 
 def test_help_says_how_many_models_a_recipe_makes(capsys):
