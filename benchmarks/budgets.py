@@ -7,6 +7,7 @@ differ in --evaluations.
     python benchmarks/budgets.py runs/60 runs/180 --out runs/budgets
 
 A recipe may be spread over several runs. Writes budgets.json (the rows) and budgets.png into --out.
+In place of a run, a budgets.json of before can be given, to add to it.
 """
 
 import argparse
@@ -28,6 +29,12 @@ def collected(folders: list[Path]) -> dict:
     """-> the students' rows, with their budgets, and the best row of the undistilled weights."""
     students, rivals, commands = [], {}, []
     for folder in folders:
+        if folder.is_file():
+            before = json.loads(folder.read_text(encoding="utf-8"))
+            students += before["students"]
+            commands += before["commands"]
+            rivals |= {(row["sampler"], row["steps"]): row for row in before["undistilled"]}
+            continue
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         budget = results["settings"]["evaluations"]
         if results["settings"]["iterations"]:

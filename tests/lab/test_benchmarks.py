@@ -310,6 +310,11 @@ def test_budgets_of_several_runs_come_into_one_table(tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "budgets.json").read_text())
     assert len(found["undistilled"]) == 1 and len(found["students"]) == 4
     assert (tmp_path / "out" / "budgets.png").stat().st_size > 10_000
+    older = tmp_path / "older.json"  # one run of before, and another now
+    parts = [row for row in found["students"] if row["evaluations"] == 180]
+    older.write_text(json.dumps(found | {"students": parts, "commands": ["run 180.0"]}))
+    assert budgets.main([str(older), runs[1], "--out", str(tmp_path / "again")]) == 0
+    assert json.loads((tmp_path / "again" / "budgets.json").read_text()) == found
 
 
 def test_other_features_rank_models_and_say_how_far_they_agree(tmp_path, monkeypatch):
