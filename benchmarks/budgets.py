@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mcm.lab.plots import COLOURS
@@ -77,6 +77,7 @@ def draw(found: dict, path: Path) -> None:
                 axes.set_yscale("log")
                 axes.yaxis.set_major_formatter("{x:.2g}")
                 axes.yaxis.set_minor_formatter("{x:.2g}")
+                axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 4, 5, 7)))
             axes.grid(alpha=0.3, which="both")
             axes.set_title(f"{title}, {K} step{'s' * (K > 1)}", fontsize=9)
     for axes in panels[-1]:
