@@ -420,6 +420,9 @@ def test_the_page_of_a_run_fits_the_window(run_page, run, width):
     run_page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     run_page.get((run / "explorer.html").as_uri())
     assert run_page.execute_script("return document.documentElement.scrollWidth") <= width
+    before = said(run_page, "steps")
+    drag(run_page, dot(run_page, "steps", "steps K"), 60, 0, moves=6)
+    assert said(run_page, "steps") != before
 
 
 def test_long_captions_fit_a_phone(browser, tmp_path):

@@ -25,23 +25,26 @@ def save_pretrained(
     """
     folder = Path(folder)
     make_folder(folder, "the folder")
-    known = getattr(denoiser, "metadata", {})
-    found = read_results(Path(results)) if results else None
-    if found and known.get("trained_on", found["data"]) != found["data"]:
-        other = f"on {found['data']}, and the model was trained on {known['trained_on']}"
-        raise InputError(f"{results} is of a run {other}")
-    text = card(denoiser, str(name or folder), found)
-    save(folder / FILE, denoiser, **known)
+    text = card(denoiser, str(name or folder), results_of(denoiser, results))
+    save(folder / FILE, denoiser, **getattr(denoiser, "metadata", {}))
     write(folder / "README.md", text)
 
 
-def read_results(path: Path) -> dict:
-    path = path / "results.json" if path.is_dir() else path
+def results_of(denoiser: Denoiser, given: str | Path) -> dict | None:
+    """Those of the model's run, as `save_pretrained` is given them."""
+    if not given:
+        return None
+    path = Path(given) / "results.json" if Path(given).is_dir() else Path(given)
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        return {key: results[key] for key in (*KEYS, "rows", "metric", "seconds", "processes")}
+        results = {key: results[key] for key in (*KEYS, "rows", "metric", "seconds", "processes")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not the results.json of a run ({error!r})") from None
+    trained_on = getattr(denoiser, "metadata", {}).get("trained_on", results["data"])
+    if trained_on != results["data"]:
+        other = f"on {results['data']}, and the model was trained on {trained_on}"
+        raise InputError(f"{path} is of a run {other}")
+    return results
 
 
 KEYS = ("data", "seed", "command", "hardware")
@@ -97,11 +100,11 @@ def push_to_hub(
     """
     hub = package()
     api = hub.HfApi(token=token)
+    results_of(denoiser, results)  # what is wrong with them, before there is a repository
     with TemporaryDirectory() as folder:
-        save_pretrained(denoiser, folder, results, repo_id)  # what is wrong, it says at once
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            save_pretrained(denoiser, folder, results, repo_id)  # its card names it in full
+            save_pretrained(denoiser, folder, results, repo_id)
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         except Exception as error:  # which kinds there are differs between its versions
             raise InputError(f"{repo_id} could not be uploaded ({error})") from None
