@@ -325,8 +325,9 @@ def flatten(image: Image.Image, background: str = BACKGROUND) -> Image.Image:
 
 
 def printable(path: object) -> str:
-    """Its name; a file's may hold bytes that are no text."""
-    return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
+    """Its name, on one line; a file's may hold line ends, and bytes that are no text."""
+    text = os.fsencode(str(path)).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def read_images(
@@ -384,11 +385,12 @@ def folder(data_dir: Path, image_size: int, background: str = BACKGROUND) -> Ima
     files = list(files_below(data_dir))
     paths = [p for p in files if p.suffix.lower() in EXTENSIONS]
     others = sorted({p.suffix.lower() for p in files} - set(EXTENSIONS))
+    kinds = printable(", ".join(other or "no ending" for other in others[:10]))
     if not paths:
-        raise InputError(f"no images in {data_dir} (looked for {', '.join(EXTENSIONS)})")
+        found = f"; found {kinds}" if others else ""
+        raise InputError(f"no images in {data_dir} (looked for {', '.join(EXTENSIONS)}{found})")
     if others:
-        kinds = printable(", ".join(other or "no ending" for other in others[:10]))
-        print(f"{len(files) - len(paths)} files that are no images ({kinds}) were left out")
+        print(f"{len(files) - len(paths)} files that cannot be read here ({kinds}) were left out")
     group, images, inner = [], [], set()
     for index, pixels in read_images(paths, image_size, background):
         images.append(pixels)

@@ -17,7 +17,6 @@ import errno
 import inspect
 import os
 import platform
-import re
 import shlex
 import sys
 import textwrap
@@ -40,21 +39,14 @@ PRESET_VALUES = "preset values"
 def documented(config: type) -> dict[str, tuple[str, str]]:
     """-> of each field: the group that it is in, and its docstring."""
     source = textwrap.dedent(inspect.getsource(config))
-    group = ""
-    groups = {}
-    for line in source.splitlines():
-        if comment := re.match(r"    # (.+)", line):
-            group = comment[1]
-        elif field := re.match(r"    (\w+): ", line):
-            groups[field[1]] = group
+    lines = source.splitlines()
     found = {}
     body: list = ast.parse(source).body[0].body  # type: ignore[attr-defined]
     for field, text in zip(body, body[1:]):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            found[field.target.id] = (
-                groups[field.target.id],
-                inspect.cleandoc(ast.literal_eval(text.value)),
-            )
+            above = [line[6:] for line in lines[: field.lineno] if line.startswith("    # ")]
+            docstring = inspect.cleandoc(ast.literal_eval(text.value))
+            found[field.target.id] = (above[-1] if above else "", docstring)
     return found
 
 

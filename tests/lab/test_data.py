@@ -438,7 +438,23 @@ def test_other_endings(tmp_path, capsys):
     (tmp_path / "notes.txt").write_bytes(b"?")
     data = load_data("folder", tmp_path, 8)
     assert len(data.images) + len(data.held_images) == 24
-    assert "2 files that are no images (.heic, .txt) were left out" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 files that cannot be read here (.heic, .txt) were left out" in out
+
+
+def test_a_folder_of_other_files_says_which(tmp_path):
+    (tmp_path / "a.HEIC").write_bytes(b"?")
+    with pytest.raises(mcm.InputError, match=r"no images in .*; found \.heic\)"):
+        load_data("folder", tmp_path, 8)
+
+
+def test_names_with_line_ends_stay_on_one_line(tmp_path, capsys):
+    for name in ("two\nlines", "\x1b[31mred", "plain"):
+        (tmp_path / name).mkdir()
+        filled(tmp_path / name, 10)
+    assert load_data("folder", tmp_path, 8).classes == 3
+    out = capsys.readouterr().out
+    assert r"3 classes: \x1b[31mred 10, plain 10, two\nlines 10" in out
 
 
 def test_transparent_images_are_said_and_their_background_chosen(tmp_path, capsys):
