@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Kill a run at random moments: does what it ends with depend on it? A quarter of an hour on a core.
+"""Kill a run at random moments: does what it ends with depend on it? Takes a quarter of an hour.
 
     python benchmarks/kills.py [KILLS, default 30] [OPTIONS OF run_cifar.py, for another run]
 
