@@ -151,6 +151,7 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     config = parse(argv)
     device = options.pick_device(distributed.start(config.device))
+    config = replace(config, precision=options.pick_precision(config.precision, device))
     if config.sample:
         return draw_grid(config, device)
     introduce(config)
@@ -260,15 +261,14 @@ def student_iterations(config: Config, K: int) -> int:
 
 
 def training(config: Config, iterations: int, lr: float, ema: float, data: ImageData) -> Training:
-    same = ("batch", "accumulate", "augment", "compile", "seed", "save_every", "tensorboard")
+    same = ("batch", "accumulate", "augment", "compile", "precision", "seed", "save_every")
     return Training(
         iterations=iterations,
         lr=lr,
         warmup=min(1000, iterations // 20),
         ema=ema,
-        precision=options.pick_precision(config.precision, data.images.device),
         log_every=min(100, max(10, iterations // 50)),
-        **options.values(config, *same),
+        **options.values(config, *same, "tensorboard"),
     )
 
 
@@ -315,8 +315,8 @@ def generate(model: nn.Module, z: Tensor, labels: Tensor, config: Config, **more
     device = more["device"]
     # a CPU is twice as fast while a layer fits its cache
     chunk = max(1, (2**14 if device.type == "cpu" else 2**20) // (z.shape[-1] * z.shape[-2]))
-    precision = options.pick_precision(config.precision, device)
-    images = evaluation.generate(model, z, labels, chunk=chunk, precision=precision, **more)
+    more |= {"chunk": chunk, "precision": config.precision}
+    images = evaluation.generate(model, z, labels, **more)
     return images.clamp(-1, 1)
 
 
@@ -550,6 +550,8 @@ def report(
 def draw_grid(config: Config, device: torch.device) -> None:
     """--sample: a grid of images from any checkpoint."""
     denoiser = mcm.load(config.sample, device)
+    if config.guidance != 1 and denoiser.student_steps:
+        raise mcm.InputError("--guidance is for teachers: a student has its own within its weights")
     steps = config.steps[0] if config.steps else denoiser.student_steps or 64
     network = denoiser.network.arguments
     shape = (network["in_channels"], network["image_size"], network["image_size"])
@@ -601,6 +603,9 @@ def check(config: Config) -> None:
         )
     if config.method == "ct" and config.guidance != 1:
         raise mcm.InputError("--guidance guides the teacher, which --method ct does not ask")
+    trained_here = not config.teacher and not config.sample
+    if config.guidance != 1 and config.label_dropout == 0 and trained_here:
+        raise mcm.InputError("--guidance needs a teacher that was trained with --label-dropout")
     try:
         ImageColor.getrgb(config.background)
     except ValueError:
@@ -736,12 +741,28 @@ def parse(argv: list[str]) -> Config:
     if str(given.get("teacher", "")).startswith(checkpoint.PRETRAINED):
         name = str(given["teacher"]).removeprefix(checkpoint.PRETRAINED)
         given["teacher"] = checkpoint.pretrained(name)
+    if "teacher" in given:
+        given |= network_of(given)
     if "sample" in given:
         given.setdefault("steps", ())  # those that the checkpoint was made for
         shipped = str(given["sample"]).startswith(checkpoint.PRETRAINED)
         given.setdefault("out", Path("runs/samples") if shipped else given["sample"].parent)
     given.setdefault("out", Path("runs") / data)
     return replace(PRESETS[data, preset][1], **given)
+
+
+def network_of(given: dict) -> dict:
+    """The preset values that are those of --teacher's file. Raises InputError for others."""
+    teacher = mcm.load(given["teacher"])
+    has = {name: teacher.network.arguments[name] for name in ("channels", "blocks")}
+    has |= {name: tuple(teacher.network.arguments[name]) for name in ("multipliers", "attention")}
+    shifts = (getattr(teacher.schedule, f"shift_{end}", 0) for end in ("low", "high"))
+    has["noise_scale"] = tuple(round(math.exp(shift / 2), 6) for shift in shifts)
+    for name, value in has.items():
+        if given.get(name, value) != value:
+            wrong = f"{options.option(name)}: the students of --teacher have its network"
+            raise mcm.InputError(f"{wrong}, with {value}, not {given[name]}")
+    return has
 
 
 def shown_values(config: Config) -> str:

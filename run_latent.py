@@ -11,7 +11,6 @@ python run_latent.py --pretrained DIR_OR_ID --prompts FILE  a full SDXL checkpoi
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -28,7 +28,7 @@ import mcm
 from mcm.denoiser import select
 from mcm.lab import checkpoint, evaluation, explorer, metrics, options, plots
 from mcm.lab.board import check_board
-from mcm.lab.data import captioned_folder, permutation, read_lines, to_float
+from mcm.lab.data import captioned_folder, fingerprint, permutation, read_lines, to_float
 from mcm.lab.run import Training
 
 try:
@@ -136,12 +136,13 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     config = parse(argv)
     device = options.pick_device(config.device)
+    asked = config.precision or (None if config.pretrained else "fp32")
+    config = replace(config, precision=options.pick_precision(asked, device))
     preset = preset_of(config)
     print(f"{', '.join(config.recipe)}; preset {preset}: {PRESETS[preset][0]}")
     data = None if config.pretrained and config.data else load_data(config, config.image_size)
     if config.pretrained:  # before --out is claimed: it may not be there, or be something else
-        bf16 = precision_of(config, device) == "bf16"
-        dtype = torch.bfloat16 if bf16 else torch.float32
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         pipe = load_pipeline(config.pretrained, dtype, device)
         data = data or load_data(config, pipe.unet.config.sample_size * pipe.vae_scale_factor)
     checkpoint.open_out(config.out, must_match(config, data), config.resume)
@@ -284,9 +285,7 @@ def settings_of(config: Config, job: Distillation, student: Student) -> Training
     if iterations is None:
         whole = 1000 * config.evaluations / (config.batch * student.recipe.evaluations())
         iterations = max(len(student.recipe.phases), round(whole))
-    more = options.values(config, "seed", "ema", "accumulate")
-    more["precision"] = precision_of(config, job.sdxl.device)
-    more["tensorboard"] = config.tensorboard
+    more = options.values(config, "seed", "ema", "accumulate", "precision", "tensorboard")
     return training(config, iterations, config.batch, config.lr, **more)
 
 
@@ -295,11 +294,6 @@ def forget(config: Config, sdxl: SDXL, student: Student) -> None:
     sdxl.remove_all()
     for state in config.out.glob(f"{student.name}-[0-9].state.*safetensors"):
         state.unlink()
-
-
-def precision_of(config: Config, device: torch.device) -> str:
-    by_itself = options.pick_precision(None, device) if config.pretrained else "fp32"
-    return config.precision or by_itself
 
 
 def training(config: Config, iterations: int, batch: int, lr: float, **more) -> Training:
@@ -334,10 +328,7 @@ class CaptionedImages:
 
     def fingerprint(self, *about) -> str:
         """8 hex digits that change with the captions, or with every fiftieth image."""
-        total = hashlib.sha256(repr((self.name, self.prompts, *about)).encode())
-        if self.images is not None:
-            total.update(self.images[::50].numpy().tobytes())
-        return total.hexdigest()[:8]
+        return fingerprint(self.images, self.name, self.prompts, *about)
 
 
 def load_data(config: Config, image_size: int) -> CaptionedImages:
@@ -364,7 +355,8 @@ def load_data(config: Config, image_size: int) -> CaptionedImages:
         print(f"{n} captions, a tenth, are held out: each row has {n} images")
     if images is None:
         return CaptionedImages(config.prompts.stem, prompts[n:], None, asked, None)
-    return CaptionedImages(config.data.name, prompts[n:], images[n:], asked, images[:n])
+    name = config.data.resolve().name
+    return CaptionedImages(name, prompts[n:], images[n:], asked, images[:n])
 
 
 def drawn_shapes(config: Config) -> CaptionedImages:
@@ -389,7 +381,8 @@ def tiny_pipeline(config: Config, data: CaptionedImages, device: torch.device) -
         vae = training(config, config.vae_iterations, 4, 1e-3, clip=0.1)
         how = (config.teacher_iterations, config.teacher_batch, config.teacher_lr)
         unet = training(config, *how)
-        train_tiny_sdxl(data.prompts, data.images, folder, vae, unet, device=device)
+        with FileLock(f"{folder}.lock"):  # two runs begun together want one pipeline
+            train_tiny_sdxl(data.prompts, data.images, folder, vae, unet, device=device)
     return folder
 
 
@@ -408,24 +401,24 @@ def make_scorers(
         return clip, None
     folder = config.out / "pretrained" if config.pretrained else source
     half = len(data.prompts) // 2
-    small = torch.cat([shrunk(part) for part in data.images.split(256)])
+    small = torch.cat([shrunk(part) for part in data.images.split(16)])
     parts = {"reward": slice(0, half), "evaluator": slice(half, None)}
     needed = {"reward": not config.pretrained, "evaluator": not data.scenes}
     scorers = {}
     for seed, (name, part) in enumerate(parts.items(), 1):
         if needed[name]:
             settings = training(config, config.scorer_iterations, 96, 2e-3, seed=seed)
-            path = folder.parent / f"{folder.name}-{name}-{config.scorer_iterations}.safetensors"
-            images = small[part].to(device)
-            scorers[name] = train_scorer(images, data.prompts[part], settings, path)
+            mark = data.fingerprint(config.scorer_iterations)
+            path = folder.with_name(f"{folder.name}-{name}-{mark}.safetensors")
+            with FileLock(f"{folder}.lock"):
+                images = small[part].to(device)
+                scorers[name] = train_scorer(images, data.prompts[part], settings, path)
     return clip or scorers.get("reward"), scorers.get("evaluator")
 
 
-def shrunk(images: Tensor, size: int = 32) -> Tensor:
+def shrunk(images: Tensor) -> Tensor:
     """(n, 3, S, S) uint8 -> (n, 3, 32, 32) uint8, which is all that the scorers look at."""
-    if images.shape[-1] == size:
-        return images
-    small = interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+    small = interpolate(images.float(), size=(32, 32), mode="bilinear", antialias=True)
     return small.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -566,7 +559,9 @@ class Evaluator:
         return torch.cat(scores)
 
     def figures(self, images: Tensor, target: Tensor) -> dict:
-        row = {"rmse_to_teacher": (images - target).square().mean().sqrt().item()}
+        # one by one: at 1024 pixels a copy of all of them takes gigabytes
+        errors = [(a - b).square().mean() for a, b in zip(images, target)]
+        row = {"rmse_to_teacher": torch.stack(errors).mean().sqrt().item()}
         if self.reward:
             row["reward"] = self.score(images).mean().item()
         if self.real is not None:
@@ -663,44 +658,28 @@ def draw_rows(evaluator: Evaluator, drawn: Drawn, path: Path) -> None:
 
 
 def model_card(config: Config, student: Student, source: Path, iterations: int) -> str:
+    """mcm/latent/card.md, filled in."""
     out = config.out / student.name
     recipe = student.recipe
-    steps = [student.K] if student.K else sorted(MILESTONES)
     imports = "from diffusers import StableDiffusionXLPipeline"
     load = f'pipe.load_lora_weights("{out}", weight_name="{LORA_FILE}")'
+    trained = f"Rank {config.rank}, alpha {config.rank}"
     if config.full:
         imports += ", UNet2DConditionModel"
         load = f'pipe.unet = UNet2DConditionModel.from_pretrained("{out}/unet").to(pipe.device)'
-    source_name = config.pretrained or source
-    guidance = config.guidance if config.guidance_range else 0
-    return f"""# {student.recipe_name} student of {source.name}
-
-{recipe.summary[0].upper() + recipe.summary[1:]}.
-
-```python
-{imports}
-from mcm.latent.scheduler import MCMScheduler
-
-pipe = StableDiffusionXLPipeline.from_pretrained("{source_name}")
-{load}
-pipe.scheduler = MCMScheduler.from_pretrained("{out}")
-image = pipe(
-    "a small red circle above a large blue square on black",
-    num_inference_steps={student.K or 4},
-    guidance_scale={guidance},
-    eta={1.0 if recipe.renoise else 0.0},
-).images[0]
-image.save("image.png")
-```
-
-eta = 1 noises the prediction afresh at every step, which is how a recipe with one model for all
-step counts was trained; eta = 0 walks on along DDIM, as a recipe with one model per K does.
-Steps: {", ".join(map(str, steps))}. No guidance is needed: the teacher's
-(w = {config.guidance_range or config.guidance}) was distilled into the weights.
-Rank {config.rank}, alpha {config.rank}; seed {config.seed}; {iterations} iterations of
-{config.batch}. Made with {", ".join(f"{n} {sys.modules[n].__version__}" for n in PACKAGES)}: where
-a pipeline was saved with transformers 5, versions 4 may read its text encoders wrongly.
-"""
+        trained = "All weights of the UNet"
+    card = Path(mcm.__file__).with_name("latent") / "card.md"
+    return card.read_text(encoding="utf-8").format(
+        **locals(),
+        summary=recipe.summary[0].upper() + recipe.summary[1:],
+        source_name=config.pretrained or source,
+        K=student.K or 4,
+        guidance=config.guidance if config.guidance_range else 0,
+        eta=1.0 if recipe.renoise else 0.0,
+        steps=", ".join(map(str, [student.K] if student.K else sorted(MILESTONES))),
+        w=config.guidance_range or config.guidance,
+        versions=", ".join(f"{name} {sys.modules[name].__version__}" for name in PACKAGES),
+    )
 
 
 def head(results: dict) -> list[str]:
@@ -764,15 +743,16 @@ PRESET_VALUES = options.fields_of(Config, options.PRESET_VALUES)
 def check(config: Config) -> None:
     """Everything that can be seen to be wrong before any work is done. Raises InputError."""
     unknown = [name for name in config.recipe if name not in RECIPES]
-    if unknown or not config.recipe:
+    if unknown or not config.recipe or len(set(config.recipe)) < len(config.recipe):
+        shown = " ".join(unknown or config.recipe)
         raise mcm.InputError(
-            f"unknown recipe {' '.join(unknown)!r}: choose {', '.join(RECIPES)}, or all"
+            f"--recipe {shown}: choose of {', '.join(RECIPES)}, each once, or all alone"
         )
     check_sources(config)
     if not config.steps or min(config.steps) < 1 or len(set(config.steps)) < len(config.steps):
         shown = " ".join(map(str, config.steps))
         raise mcm.InputError(f"--steps {shown} must be positive and each named once")
-    recipes = {name: RECIPES[name](4) for name in config.recipe}
+    recipes = {name: RECIPES[name](K) for name in config.recipe for K in config.steps}
     if max(config.steps) > 8 and any(recipe.renoise for recipe in recipes.values()):
         raise mcm.InputError("--steps: the timesteps of re-noising are those for 1 to 8 steps")
     positive = ("pictures", "vae_iterations", "teacher_iterations", "teacher_batch", "teacher_lr")
@@ -788,10 +768,16 @@ def check(config: Config) -> None:
         raise mcm.InputError(
             f"--share-run needs multiples of 8 samples, not {part}: see --batch, --no-share-run"
         )
+    if not config.pretrained and (config.rank > 64 or config.image_size % 8):
+        raise mcm.InputError("a tiny pipeline: --rank up to 64, --image-size a multiple of 8")
     if config.samples < 128 and not config.prompts:  # without images nothing is compared
         raise mcm.InputError(f"--samples {config.samples} is too few: use at least 128")
     if config.guidance_range and not config.full:
         raise mcm.InputError("--guidance-range needs --full: a LoRA has no input for the guidance")
+    low, high = config.guidance_range or (config.guidance, config.guidance)
+    if not low <= config.guidance <= high:
+        measured = f"--guidance {config.guidance}, which images are measured with"
+        raise mcm.InputError(f"--guidance-range must rise, and hold {measured}")
 
 
 def check_sources(config: Config) -> None:

@@ -95,9 +95,8 @@ def select(cond: Any, index: Tensor | slice) -> Any:
 def joined(a: Any, b: Any) -> Any:
     """The conditions of two batches, as those of one."""
     if isinstance(a, tuple):
-        parts: Any = (None if x is None else joined(x, y) for x, y in zip(a, b))
-        return type(a)(*parts)
-    return torch.cat([a, b])
+        return type(a)(*map(joined, a, b))
+    return None if a is None else torch.cat([a, b])
 
 
 class Guided(nn.Module):
@@ -127,7 +126,8 @@ class Guided(nn.Module):
     def both(self, z: Tensor, t: Tensor, cond: Any = None) -> tuple[Tensor, Tensor]:
         """-> x_hat with guidance, and without."""
         null = self.null_cond(cond) if callable(self.null_cond) else self.null_cond
-        null = null.expand_as(cond) if isinstance(null, Tensor) else null
+        if isinstance(null, (int, Tensor)) and cond is not None:
+            null = torch.as_tensor(null, device=cond.device).expand_as(cond)
         if cond is None or null is None:
             x_null = self.conditional(z, t, null)
             x_cond = self.conditional(z, t, cond)

@@ -204,7 +204,8 @@ HELD: list[FileLock] = []
 def open_out(out: Path, config: dict, resume: bool) -> None:
     """Make the folder of a run, or refuse it; run.json marks it as ours and says what it is for.
 
-    config: what must stay as it was when the run is resumed.
+    config: what must stay as it was when the run is resumed. (Of a run that ended before it left
+        anything, as it was told something wrong, nothing needs to.)
     No other run can open it before `close_out`, or before this process ends, however it does.
     Raises InputError if the folder cannot be written to, is in use, or holds another run.
     """
@@ -218,6 +219,8 @@ def open_out(out: Path, config: dict, resume: bool) -> None:
         raise InputError(
             f"another run is writing to {out} right now: wait for it, or choose another --out"
         ) from None
+    if {path.name for path in out.iterdir()} <= {marker.name, ".lock"}:
+        marker.unlink(missing_ok=True)
     if (marker.exists() or (out / "results.json").exists()) and not resume:
         raise InputError(
             f"{out} holds another run's results: continue it with --resume, or choose another --out"

@@ -128,7 +128,7 @@ def make_objective(kind: str, job: Distillation) -> Any:
         most = None if job.sdxl.size <= 32 else 2  # a decoder of full size is expensive
         return Preference(job.reward, job.sdxl.to_images, job.reward_level, job.prompts, most)
     if kind == "distribution_matching":
-        w = sum(job.guidance) / 2 if job.guidance_input else job.guidance
+        w = told_guidance if job.guidance_input else job.guidance
         return DistributionMatching(job.sdxl, w)
     if kind in ("adversarial", "adversarial_diffused"):
         return Adversarial(job.sdxl, diffused=kind == "adversarial_diffused")
@@ -160,7 +160,7 @@ def train_phase(job: Distillation, phase: Phase, settings: Training, name: str) 
     critics = {kind: o.learner for kind, o in objectives.items() if o.learner}
     for critic in critics.values():
         critic.lr_scale = phase.critic_lr
-    balance = Balance(objectives, sdxl.device)
+    balance = Balance(objectives, sdxl.device, settings.accumulate)
     learners = {"student": learner, **critics, "balance": balance}
     segments = phase.method.student_steps
     run = Run(name, learners, settings, job.out, job.resume, segments, lean=True)
@@ -205,6 +205,8 @@ def batch(
     if job.guidance_input:
         low, high = job.guidance  # type: ignore[misc]
         omega = low - 1 + (high - low) * torch.rand(len(chosen), device=sdxl.device)
+        if phase.share_rollout:  # states of one run of the teacher have its guidance
+            omega = omega[:: phase.rollout_steps].repeat_interleave(phase.rollout_steps)
         cond = cond._replace(omega=omega)
     return x, noise, cond
 

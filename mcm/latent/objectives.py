@@ -57,30 +57,38 @@ class Balance:
     and never more than it was before. So what an objective asks for less and less, as a hinge that
     is satisfied, fades, and a step of one sample cannot be blown up to the weight of a whole batch.
 
+    parts: how many a step's batch is put through in. The norms are those of the whole batch, as far
+        as it is known; the averages are kept when it is.
     For checkpoints it looks like a Learner.
     """
 
     DECAY = 0.9
 
-    def __init__(self, kinds: Sequence[str], device: torch.device):
+    def __init__(self, kinds: Sequence[str], device: torch.device, parts: int = 1):
         # of each objective: running averages of the two norms, and the scale
         start = torch.tensor([0.0, 0.0, torch.inf], device=device)
         self.averages = {kind: start.clone() for kind in kinds}
+        self.parts = parts
+        self.seen: dict[str, list[Tensor]] = {kind: [] for kind in kinds}  # norms in this step
         self.step, self.lr = 0, 0.0
 
     def scale(self, kind: str, norm: Tensor, further: Tensor) -> Tensor:
-        """norm: of the consistency loss's gradient, now; further: of this objective's.
+        """norm: of the consistency loss's gradient, of this part; further: of this objective's.
 
         Steps that are skipped, as something is not finite, and those in which nothing is asked for
         do not count.
         """
-        kept = self.averages[kind]
-        now = torch.stack([norm, further])
-        counts = now.isfinite().all() & (further > 0)
+        kept, seen = self.averages[kind], self.seen[kind]
+        seen.append(torch.stack([norm, further]))
+        now = (torch.stack(seen).square().mean(0) / self.parts).sqrt()
+        counts = now.isfinite().all() & (now[1] > 0)
         averages = kept[:2].lerp(now, 1 - self.DECAY)
         lowest = torch.minimum(kept[2:], averages[:1] / averages[1:])
-        kept.copy_(torch.where(counts, torch.cat([averages, lowest]), kept))
-        return torch.where(counts, kept[2], 0.0)
+        new = torch.where(counts, torch.cat([averages, lowest]), kept)
+        if len(seen) == self.parts:
+            kept.copy_(new)
+            seen.clear()
+        return torch.where(counts, new[2], 0.0)
 
     def state(self, finished: bool = False) -> dict[str, Tensor]:
         return self.averages
@@ -144,13 +152,14 @@ class DistributionMatching:
     the plain noise-prediction loss on the student's x_hat, `updates` times per step of the student
     (DMD2 uses 5; the paper says nothing).
 
-    w: guidance of the real score.
+    w: guidance of the real score, as of `guided`.
     """
 
-    def __init__(self, sdxl: SDXL, w: float, updates: int = FAKE_UPDATES, clip: float = 10.0):
+    updates = FAKE_UPDATES
+
+    def __init__(self, sdxl: SDXL, w: float | Callable):
         self.real = guided(sdxl.denoiser(), w, sdxl.unconditional)
-        self.updates = updates
-        self.learner = Learner(sdxl.add_lora("fake"), clip)
+        self.learner = Learner(sdxl.add_lora("fake"), clip=10.0)
         self.fake = sdxl.denoiser("fake")
 
     def loss(self, output: LossOutput, prompts: Sequence[str]) -> Tensor:
@@ -185,10 +194,10 @@ class Adversarial:
 
     updates = 1
 
-    def __init__(self, sdxl: SDXL, diffused: bool, clip: float = 1.0):
+    def __init__(self, sdxl: SDXL, diffused: bool):
         self.diffused = diffused
         self.schedule = sdxl.schedule
-        self.learner = Learner(sdxl.add_lora("critic", modules=DECODER), clip)
+        self.learner = Learner(sdxl.add_lora("critic", modules=DECODER), clip=1.0)
         self.network = sdxl.denoiser("critic").network
 
     def logits(self, x: Tensor, t: Tensor, noise: Tensor, output: LossOutput) -> Tensor:

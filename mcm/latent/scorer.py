@@ -6,6 +6,7 @@ measures it: train two, with other seeds on other pairs.
 """
 
 import re
+import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -104,9 +105,10 @@ def train_scorer(images: Tensor, captions: Sequence[str], settings: Training, pa
         except RuntimeError:
             raise InputError(f"{path} is not a scorer of this version: delete it") from None
         return scorer.eval().requires_grad_(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_suffix(".partial")
+    work.mkdir(parents=True, exist_ok=True)
     learner = Learner(dict(scorer.named_parameters()), settings.clip, weight_decay=0.05)
-    run = Run(path.stem, {"scorer": learner}, settings, path.parent, True)
+    run = Run(path.stem, {"scorer": learner}, settings, work, True)
     for step in run:
         rows = batch_indices(len(images), settings.batch, step, settings.seed)
         x = to_float(images[rows.to(device)])
@@ -122,6 +124,7 @@ def train_scorer(images: Tensor, captions: Sequence[str], settings: Training, pa
         run.record(per_sample)
         run.note(right=(logits.argmax(1) == own).float().mean())
     write_safetensors(path, scorer.state_dict(), {"kind": "scorer"})
+    shutil.rmtree(work)
     return scorer.eval().requires_grad_(False)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -134,7 +134,7 @@ class Network(nn.Module):
     """network(z, index, cond) for a Denoiser: the UNet under one set of weights.
 
     z: (B, 4, H, W); index: (B,) of the schedule. A UNet in bfloat16 computes under autocast, as its
-    LoRAs are float32. Raises InputError if omega is missing.
+    LoRAs are float32; one in float32 as the caller does. Raises InputError if omega is missing.
     """
 
     def __init__(self, unet: UNet2DConditionModel, name: str | None):
@@ -154,8 +154,9 @@ class Network(nn.Module):
             omega = get_timestep_embedding(cond.omega.float() * 1000, channels, **how).to(z.dtype)
         added = {"text_embeds": cond.pooled.to(z.dtype), "time_ids": cond.time_ids.to(z.dtype)}
         dtype = self.unet.conv_in.weight.dtype
-        half = dtype != torch.float32
-        autocast = torch.autocast(z.device.type, dtype, half, cache_enabled=False)
+        autocast: AbstractContextManager = nullcontext()
+        if dtype != torch.float32:
+            autocast = torch.autocast(z.device.type, dtype, cache_enabled=False)
         with active(self.unet, self.names), autocast:
             more = {"timestep_cond": omega, "added_cond_kwargs": added}
             return self.unet(z, index, cond.states.to(z.dtype), **more).sample
@@ -165,21 +166,17 @@ class Network(nn.Module):
 class SDXL:
     """A pipeline and the sets of weights trained on it.
 
-    rank: of the LoRAs.
-    alpha: their strength times the rank, by default the rank, so that every loader agrees on a
-        strength of 1.
+    rank: of the LoRAs; their alpha is the same, so that every loader agrees on a strength of 1.
     checkpointing: gradient checkpointing.
     Raises InputError for a noise schedule or a rank that cannot work.
     """
 
     pipe: StableDiffusionXLPipeline
     rank: int
-    alpha: float | None = None
     checkpointing: bool = False
 
     def __post_init__(self):
         pipe = self.pipe
-        self.alpha = self.rank if self.alpha is None else self.alpha
         self.device = pipe.unet.device
         self.unet = pipe.unet.requires_grad_(False).eval()
         self.schedule, self.prediction = noise_schedule(pipe.scheduler)
@@ -229,7 +226,7 @@ class SDXL:
         """
         lora = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self.rank,
             target_modules=modules,
             init_lora_weights="gaussian",
         )
@@ -338,7 +335,7 @@ class SDXL:
             return
         # not converted: a mixed file would lose its attention layers
         layers = get_peft_model_state_dict(self.unet, adapter_name=name)
-        config: dict = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": MODULES}
+        config: dict = {"r": self.rank, "lora_alpha": self.rank, "target_modules": MODULES}
         config |= {"rank_pattern": {}, "alpha_pattern": {}}  # diffusers before 0.40 looks for them
         StableDiffusionXLPipeline.save_lora_weights(
             out, unet_lora_layers=layers, unet_lora_adapter_metadata=config
@@ -496,6 +493,9 @@ def check_kind(source: str) -> None:
             f"{source} has a UNet that reads {channels} channels (for inpainting, or to edit "
             "images): one for text to image is needed, which reads as many as it writes"
         )
+    vae = AutoencoderKL.load_config(source, subfolder="vae")
+    if vae.get("latents_mean") or vae.get("latents_std"):
+        raise InputError(f"{source} has a VAE with latents_mean or latents_std: not supported")
     scheduler = getattr(diffusers, index["scheduler"][1])
     noise_schedule(scheduler.from_pretrained(source, subfolder="scheduler"))
 

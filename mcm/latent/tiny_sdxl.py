@@ -9,7 +9,6 @@ differ, and that nobody trained the text encoders before: they learn with the UN
 import json
 import math
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from ..denoiser import Denoiser
 from ..errors import InputError
-from ..lab.data import batch_indices, to_float
+from ..lab.checkpoint import must_be
+from ..lab.data import batch_indices, fingerprint, to_float
 from ..lab.run import Learner, Run, Training
 from ..losses import diffusion_loss
 from ..solvers import mean_over_dims
@@ -165,15 +165,18 @@ def train_tiny_sdxl(
 
     vae, unet: how long to train the two parts. channels: of the UNet's two resolutions. A pipeline
     that is there already is loaded instead; a run cut short is continued. Raises InputError unless
-    S is a multiple of 8.
+    S is a multiple of 8, if `out` holds something else, or if the run was on other images.
     """
     if (out / "model_index.json").is_file():
         return StableDiffusionXLPipeline.from_pretrained(out)
     size = images.shape[-1]
     if size % 8:
         raise InputError(f"images of {size} pixels: the side must be a multiple of 8")
-    work = out.with_name(out.name + ".partial")
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} is there, and is no pipeline: choose a new folder for one")
+    work = out.resolve().with_name(out.resolve().name + ".partial")
     work.mkdir(parents=True, exist_ok=True)
+    must_be(work, images=fingerprint(images, captions))
     torch.manual_seed(vae.seed)
     autoencoder = make_autoencoder(size)
     words = {word for caption in captions for word in caption.split()}
@@ -193,10 +196,10 @@ def train_tiny_sdxl(
     latents = encode(autoencoder, to_float(images))
     train_unet(pipe, captions, latents, size, unet, work)
     pipe.save_pretrained(work)
-    for state in work.glob("*.safetensors"):
+    for state in (*work.glob("*.safetensors"), work / "run.json"):
         state.unlink()
     if out.exists():
-        shutil.rmtree(out)
+        out.rmdir()
     os.replace(work, out)
     return StableDiffusionXLPipeline.from_pretrained(out)
 

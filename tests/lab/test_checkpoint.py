@@ -129,6 +129,7 @@ open_out(Path({str(out)!r}), {{"seed": 1}}, True)
 """
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "another run is writing to" in other.stderr and "--resume" not in other.stderr
+        (out / "log.jsonl").touch()  # it has begun
     finally:
         close_out()
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0  # and it may crash
@@ -140,6 +141,18 @@ open_out(Path({str(out)!r}), {{"seed": 1}}, True)
     with pytest.raises(mcm.InputError, match="seed 1, but now it is seed 2"):
         open_out(out, {"seed": 2}, resume=True)
     close_out()
+
+
+def test_a_run_that_left_nothing_binds_nobody(tmp_path):
+    """Told something wrong, it is begun again with what is right."""
+    for seed in (1, 2):
+        open_out(tmp_path, {"seed": seed}, resume=False)
+        close_out()
+    (tmp_path / "teacher.state.safetensors").touch()
+    for resume, says in ((True, "seed 2, but now it is seed 3"), (False, "another run's results")):
+        with pytest.raises(mcm.InputError, match=says):
+            open_out(tmp_path, {"seed": 3}, resume)
+        close_out()
 
 
 def test_weights_that_are_there_already(tmp_path, monkeypatch, capsys):

@@ -394,7 +394,8 @@ def test_where_students_start(quick, tmp_path, init):
     torch.testing.assert_close(
         mcm.load(tmp_path / "run" / "cd-2.safetensors").network.state_dict(), expected
     )
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["settings"]["init"] == init
+    settings = json.loads((tmp_path / "run" / "results.json").read_text())["settings"]
+    assert settings["init"] == init and settings["precision"] == "fp32"
 
 
 @pytest.mark.slow
@@ -542,6 +543,16 @@ def test_help_reads_like_documentation(capsys):
         ("--data digits --grid 64 32", "--grid must be positive and not fall"),
         ("--data digits --method ct --guidance 2", "which --method ct does not ask"),
         ("--data digits --samples 10", "too few"),
+        ("--data digits --guidance 2 --label-dropout 0", "trained with --label-dropout"),
+        ("--sample pretrained:digits-4 --guidance 2", "a student has its own within its weights"),
+        (
+            "--data digits --teacher pretrained:digits-teacher --channels 8",
+            "--channels: the students of --teacher have its network, with 32, not 8",
+        ),
+        (
+            "--data digits --teacher pretrained:digits-teacher --noise-scale 0.5 1",
+            "--noise-scale: the students of --teacher have its network, with (1.0, 1.0)",
+        ),
         ("--data digits --teacher missing.safetensors", "missing.safetensors: no such checkpoint"),
         ("--sample missing.safetensors", "missing.safetensors: no such checkpoint"),
     ],

@@ -357,6 +357,13 @@ def test_a_student_is_told_one_less_than_the_teachers_guidance(teacher, tmp_path
     _, _, cond = distil_module.batch(job, RECIPES["lcm"](4).phases[0], torch.arange(64))
     assert cond.omega.min() >= 2 and cond.omega.max() <= 4 and cond.omega.std() > 0.3
     assert torch.equal(distil_module.told_guidance(cond), cond.omega + 1)
+    # the states of one run of the teacher have the guidance of that run
+    shared = dataclasses.replace(RECIPES["mlcm"](4).phases[0], share_rollout=True)
+    _, _, cond = distil_module.batch(job, shared, torch.arange(16))
+    runs = cond.omega.unflatten(0, (2, 8))
+    assert torch.equal(runs, runs[:, :1].expand(2, 8)) and runs[0, 0] != runs[1, 0]
+    matching = distil_module.make_objective("distribution_matching", job)
+    assert torch.equal(matching.real.w(cond), cond.omega + 1)
 
 
 def test_a_dry_run_leaves_nothing_behind(teacher, tmp_path):

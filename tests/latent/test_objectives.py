@@ -298,6 +298,22 @@ def test_what_an_objective_asks_for_less_and_less_fades():
     assert again.scale("preference", one, one) == balance.scale("preference", one, one)
 
 
+def test_a_batch_in_parts_has_the_weights_of_the_whole():
+    """What is kept after a step does not depend on how many parts it was computed in."""
+    cpu = torch.device("cpu")
+    whole, parts = Balance(["preference"], cpu), Balance(["preference"], cpu, parts=4)
+    scales = []
+    for step in range(50):
+        norms = torch.rand(4, 2).exp() * torch.tensor([1.0, 1.1**step])
+        norms[1:, 1] *= step % 2  # in some steps only one part is asked for something
+        scale = whole.scale("preference", *(norms.square().sum(0).sqrt() / 4))
+        by_part = [parts.scale("preference", own, further) for own, further in norms]
+        assert by_part[-1] == pytest.approx(scale.item(), rel=1e-5)
+        assert torch.allclose(whole.state()["preference"], parts.state()["preference"])
+        scales += by_part
+    assert max(scales[100:]) <= scales[3]
+
+
 def test_every_time_hears_the_reward(sdxl):
     """A batch's times fall, so fixed rows of it would be fixed parts of the time axis."""
     trained_student(sdxl)

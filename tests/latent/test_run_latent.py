@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from pipelines import ENGLISH, untrained_pipeline
 from safetensors.torch import load_file
 from torchvision.utils import save_image
@@ -70,6 +71,7 @@ def test_what_a_run_leaves(done):
         "settings",
     ):
         assert key in results, key
+    assert results["settings"]["precision"] == "fp32"
     for key in (
         "steps",
         "nfe",
@@ -256,7 +258,15 @@ def test_help_says_how_many_models_a_recipe_makes(capsys):
 
 def test_bad_input_is_refused_before_any_work(tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
-    refused(["--recipe", "xlcm", *out], capsys, "unknown recipe 'xlcm'", "mlcm")
+    refused(["--recipe", "xlcm", *out], capsys, "--recipe xlcm: choose of .*mlcm")
+    refused(["--recipe", "all", "mlcm", *out], capsys, "--recipe all: .* all alone")
+    refused(["--recipe", "mlcm", "mlcm", *out], capsys, "--recipe mlcm mlcm: .*each once")
+    refused(["--recipe", "mcm", "--steps", "2", "1001", *out], capsys, "1001")
+    refused(["--rank", "65", *out], capsys, "--rank up to 64")
+    refused(["--image-size", "20", *out], capsys, "--image-size a multiple of 8")
+    for low, high in (("3", "6"), ("8", "1")):
+        ranges = ["--full", "--guidance-range", low, high, *out]
+        refused(ranges, capsys, "must rise, and hold --guidance 2.0")
     refused(["--steps", "0", *out], capsys, "--steps 0")
     refused(["--steps", "9", *out], capsys, "1 to 8")
     refused(
@@ -466,6 +476,27 @@ def test_a_pretrained_student_is_not_taught_by_a_scorer_of_32_pixels(tmp_path, m
     reward, judge = run_latent.make_scorers(config, data, tmp_path, cpu)
     assert reward and judge and [name for name, _ in trained] == ["reward", "evaluator"]
     assert trained[0][1] == captions[:100] and trained[1][1] == captions[100:]
+
+
+def test_one_pipeline_with_other_data_has_other_scorers(tmp_path, monkeypatch):
+    """And of two runs begun together one waits until the other has trained what both want."""
+    captions, images = ["a"] * 20, torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
+    paths, cpu = [], torch.device("cpu")
+
+    def alone(*arguments, **_):
+        with pytest.raises(Timeout):
+            FileLock(f"{tmp_path / 'pipe'}.lock").acquire(timeout=0)
+        paths.append(arguments[-1])
+
+    monkeypatch.setattr(run_latent, "train_scorer", alone)
+    monkeypatch.setattr(run_latent, "train_tiny_sdxl", alone)
+    config = run_latent.parse(["--pipeline", str(tmp_path / "pipe")])
+    for pictures in (images, images, images + 1):
+        data = run_latent.CaptionedImages("d", captions, pictures, captions, pictures)
+        run_latent.make_scorers(config, data, tmp_path / "pipe", cpu)
+    assert paths[:2] == paths[2:4] and not set(paths[:2]) & set(paths[4:])
+    run_latent.tiny_pipeline(config, data, cpu)
+    assert len(paths) == 7
 
 
 def test_what_does_not_fit_says_so_before_anything_long(tmp_path, capsys, monkeypatch):

@@ -63,6 +63,7 @@ def test_a_trained_scorer_is_kept_and_a_run_cut_short_goes_on(tmp_path, monkeypa
     cut = train_scorer(pictures, captions, settings, tmp_path / "cut.safetensors")
     for a, b, c in zip(whole.parameters(), again.parameters(), cut.parameters()):
         assert torch.equal(a, b) and torch.equal(a, c)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.safetensors", "cut.safetensors"}
 
 
 def test_clip_through_transformers(tmp_path):

@@ -178,3 +178,30 @@ def test_pictures_that_do_not_fit(tmp_path):
             Training(1),
             Training(1),
         )
+
+
+def test_what_is_in_the_way_of_a_pipeline_stays(tmp_path):
+    """A mistyped folder must not cost what is in it."""
+    precious = tmp_path / "models" / "precious.txt"
+    precious.parent.mkdir()
+    precious.write_text("years of work")
+    images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    for out in (precious.parent, precious):
+        with pytest.raises(mcm.InputError, match="is no pipeline: choose a new folder"):
+            tiny_sdxl.train_tiny_sdxl(["a"], images, out, Training(1), Training(1))
+    assert precious.read_text() == "years of work"
+
+
+def test_a_run_cut_short_does_not_go_on_with_other_images(tmp_path, monkeypatch):
+    def power_cut(*_):
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(tiny_sdxl, "train_autoencoder", power_cut)
+    images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    how = (tmp_path / "pipe", Training(1), Training(1))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="power cut"):
+            tiny_sdxl.train_tiny_sdxl(["a"], images, *how)
+    for captions, pictures in ((["a"], images + 1), (["b"], images)):
+        with pytest.raises(mcm.InputError, match="holds a run with images"):
+            tiny_sdxl.train_tiny_sdxl(captions, pictures, *how)

@@ -74,6 +74,8 @@ def test_guidance_convention(network):
     torch.testing.assert_close(
         mcm.guided(denoiser, 8.0, null)(z, t, y), x_cond + 7 * (x_cond - x_null), **ulp
     )  # omega = w - 1
+    numbered = mcm.guided(denoiser, 0.0, 3)
+    torch.testing.assert_close(numbered(z, t, y), x_null, **ulp)
     per_sample = mcm.guided(denoiser, torch.tensor([1.0, 8.0, 0.0, 8.0]), null)(z, t, y)
     torch.testing.assert_close(per_sample[0], x_cond[0], **ulp)
     torch.testing.assert_close(per_sample[2], x_null[2], **ulp)
