@@ -221,7 +221,7 @@ def train_classifier(data: ImageData, iterations: int, path: Path) -> tuple[Clas
     if data.classes == 1:
         answers = 4
         wanted["task"] = task_of(data)
-    if path.is_file():
+    if path.exists():
         tensors, metadata = read_safetensors(path)
         if metadata != wanted:
             reason = f"{path} holds a feature classifier for {metadata}, not {wanted}"
