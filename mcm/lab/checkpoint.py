@@ -59,9 +59,7 @@ def read_header(path: str | Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
     Raises InputError for a file that is missing, damaged, a pickle or not ours.
     """
     if not Path(path).is_file():
-        raise InputError(
-            f"{path}: {'a folder, no' if Path(path).is_dir() else 'no such'} checkpoint"
-        )
+        raise InputError(f"{path}: no such checkpoint, as a file")
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}

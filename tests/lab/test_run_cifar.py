@@ -680,7 +680,7 @@ def test_out_that_cannot_be_used(quick, tmp_path, refused):
         says="holds a run with c 0.001, but now it is c 0.5",
     )
     features = ["--features", tmp_path, "--out", tmp_path / "run"]
-    refused(*QUICK.split(), *features, says=f"{tmp_path}: a folder, no checkpoint")
+    refused(*QUICK.split(), *features, says=f"{tmp_path}: no such checkpoint, as a file")
     (tmp_path / "file").write_text("")
     refused(*QUICK.split(), "--out", tmp_path / "file" / "run", says="cannot be written to")
 
